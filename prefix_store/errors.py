@@ -1,0 +1,93 @@
+"""What can go wrong in the store, as named exceptions.
+
+    PrefixStoreError
+     |-- PrefixRejected          an artifact that must not be stored; lists every problem found
+     |    |-- MalformedArtifact       the bytes are not a well-formed artifact
+     |    |-- IncompatiblePrefix      well-formed, but not for the resident model, or unsafe to serve
+     |    `-- DigestMismatch          the bytes are not those that the caller announced
+     |-- ArtifactTooLarge        more bytes than any prefix for this model can have
+     |-- InvalidTaskName         not a name that a task can have
+     |-- UnknownTask             no such task, or it was deleted
+     |-- UnknownVersion          the task exists, that version of it does not
+     |-- PreconditionFailed      If-Match / If-None-Match did not hold
+     |-- PrefixUnavailable       stored, but its bytes can not be read back intact
+     |-- StoreFull               no room left on the device
+     `-- StoreLocked             another process owns this store directory
+
+Raised by `prefix_store`, on whichever thread called it. `server.http.errors` maps each to a status.
+Messages name what was expected and what came; they never hold a path or tensor values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class PrefixStoreError(Exception):
+    """Root of everything the store raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One fault of an artifact: where (`/tensors/dec_self.007.k/shape`) and what was wrong there."""
+
+    pointer: str
+    detail: str
+
+
+class PrefixRejected(PrefixStoreError):
+    """An artifact was refused. `problems` lists all faults found, not only the first."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        assert problems, "a rejection names at least one problem"
+        self.problems = tuple(problems)
+        super().__init__("; ".join(p.detail for p in problems))
+
+
+class MalformedArtifact(PrefixRejected):
+    """The bytes do not follow `docs/prefix-format.md`."""
+
+    @classmethod
+    def at(cls, pointer: str, detail: str) -> MalformedArtifact:
+        """A rejection for one fault, for parsers that can not go on after it."""
+        return cls([Problem(pointer, detail)])
+
+
+class IncompatiblePrefix(PrefixRejected):
+    """The artifact is well-formed, but the resident model can not (safely) serve it."""
+
+
+class DigestMismatch(PrefixRejected):
+    """The content digest that the caller announced is not that of the bytes received."""
+
+
+class ArtifactTooLarge(PrefixStoreError):
+    """More bytes than the largest prefix that the resident model could use."""
+
+
+class InvalidTaskName(PrefixStoreError):
+    """Task names are 1 to 63 of `a-z 0-9 . _ -` and begin with a letter or digit."""
+
+
+class UnknownTask(PrefixStoreError):
+    """No task of this name has a live version."""
+
+
+class UnknownVersion(PrefixStoreError):
+    """The task exists; the version asked for does not."""
+
+
+class PreconditionFailed(PrefixStoreError):
+    """A conditional write found another state than the caller expected."""
+
+
+class PrefixUnavailable(PrefixStoreError):
+    """An acknowledged version whose bytes can not be read back intact."""
+
+
+class StoreFull(PrefixStoreError):
+    """The file system has no room for the artifact."""
+
+
+class StoreLocked(PrefixStoreError):
+    """Another process has this store open."""

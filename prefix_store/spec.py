@@ -1,0 +1,172 @@
+"""The words of a prefix: its shape contract, its manifest, and how versions are named.
+
+Owns no state and runs on any thread. Knows nothing of torch: dtypes are strings, so that the scheduler
+and the catalog can use these types without loading a tensor library.
+
+The layout is `docs/prefix-format.md` in types: one K and one V tensor per layer, `[P, H_kv, D]`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from prefix_store.errors import InvalidTaskName
+
+FORMAT_VERSION: Final = 1
+MANIFEST_KEY: Final = "prefixd"
+DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def check_task_name(name: str) -> str:
+    """`name` itself; raises `InvalidTaskName` when it can not name a task."""
+    if not _TASK_NAME.fullmatch(name) or ".." in name:
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        raise InvalidTaskName(
+            f"task name {shown!r}: expected 1 to 63 of a-z 0-9 . _ - beginning with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """K/V geometry of one attention layer. `window`: sliding-window length in tokens, None for full."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    @property
+    def elements_per_token(self) -> int:
+        """K and V elements that one token occupies in this layer."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The shape contract between a model, its KV cache and its prefixes."""
+
+    layers: tuple[LayerLayout, ...]
+    dtype: str
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token's K and V take over all layers, in the serving dtype."""
+        return sum(layer.elements_per_token for layer in self.layers) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """What the store must know of the resident model to judge a prefix.
+
+    `position_limit`: how many positions the model has (None: no limit known).
+    `fingerprint`: `prefix_store.fingerprint.base_fingerprint` of the loaded weights.
+    """
+
+    model_id: str
+    model_type: str
+    layout: KVLayout
+    position_limit: int | None
+    position_scheme: Literal["rope", "learned", "none"]
+    rope_theta: float | None
+    vocab_size: int
+    fingerprint: str
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseModelRef(_Frozen):
+    """Which base a prefix was trained on; `fingerprint` is checked, the rest is for people."""
+
+    id: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+    vocab_size: int | None = Field(default=None, ge=1)
+
+
+class GenerationDefaults(_Frozen):
+    """Sampling values used where a request leaves them out."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    stop: tuple[str, ...] = Field(default=(), max_length=4)
+
+
+class PrefixManifest(_Frozen):
+    """The JSON object under the metadata key `prefixd` of an artifact.
+
+    `token_start`: position of the request's first token; None means P, right behind the prefix.
+    `k_space`: whether K carries the rotary embedding ("post_rope") or the model has none ("none").
+    `training`, `source`: free-form records for people; the server stores them and reads nothing there.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    num_virtual_tokens: int = Field(ge=1, le=1_000_000)
+    token_start: int | None = Field(default=None, ge=0, le=10_000_000)
+    k_space: Literal["post_rope", "none"]
+    model_type: str = Field(max_length=64)
+    rope_theta: float | None = None
+    base_model: BaseModelRef = BaseModelRef()
+    generation: GenerationDefaults = GenerationDefaults()
+    description: str | None = Field(default=None, max_length=1024)
+    training: dict[str, JsonValue] = {}
+    source: dict[str, JsonValue] = {}
+
+    @property
+    def first_position(self) -> int:
+        """Position of the request's first own token."""
+        return self.num_virtual_tokens if self.token_start is None else self.token_start
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixVersion:
+    """One immutable build of a task's prefix, as the catalog knows it.
+
+    `digest` is `sha256:<hex>` of the artifact's bytes and the only key that caches may use.
+    """
+
+    task: str
+    version: int
+    digest: str
+    size_bytes: int
+    created_at: str
+    manifest: PrefixManifest
+
+    @property
+    def ref(self) -> str:
+        """`task@v3`: names this version and no later one."""
+        return f"{self.task}@v{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """A task with its versions, oldest first; `live` is the one that the bare name resolves to."""
+
+    name: str
+    live: PrefixVersion
+    versions: tuple[PrefixVersion, ...]
+
+
+def split_ref(ref: str) -> tuple[str, str | None]:
+    """`task@v3` -> (`task`, `v3`); a bare name has no selector. Raises `InvalidTaskName`."""
+    task, _, selector = ref.partition("@")
+    return check_task_name(task), selector or None
+
+
+def manifest_json_schema() -> dict[str, Any]:
+    """JSON schema of the manifest, for the documentation and its test."""
+    return PrefixManifest.model_json_schema()

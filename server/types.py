@@ -1,0 +1,196 @@
+"""The messages that cross threads: what is asked, how to sample, what comes back, what was counted.
+
+All frozen. The event loop builds `GenerationRequest` and reads `RequestOutput`; the engine thread does the
+reverse. Knows nothing of torch, HTTP or the store's files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from server.errors import InvalidParameter
+
+MAX_STOP_STRINGS: Final = 4
+MAX_STOP_TOKEN_IDS: Final = 16
+MAX_N: Final = 4
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class PrefixTier(StrEnum):
+    """Where a request's prefix was found when the scheduler first looked."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the next token. Checked on construction; raises `InvalidParameter`.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. `max_tokens` counts
+    generated tokens. `seed` makes a request repeatable whatever its batch mates are.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _within("max_tokens", self.max_tokens, 1, 1_000_000)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _within("temperature", self.temperature, 0.0, 2.0)
+        _within("top_k", self.top_k, 0, 1_000_000)
+        _within("top_p", self.top_p, 1e-6, 1.0)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("n", self.n, 1, MAX_N)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**64 - 1)
+        if len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > 128 for s in self.stop):
+            raise InvalidParameter(
+                f"stop: expected at most {MAX_STOP_STRINGS} strings of 1 to 128 characters",
+                param="stop",
+            )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidParameter(
+                f"stop_token_ids: expected at most {MAX_STOP_TOKEN_IDS}, got {len(self.stop_token_ids)}",
+                param="stop_token_ids",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    # `not (low <= value)` also refuses NaN, which `value < low` would let through.
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InvalidParameter(f"{name}: expected {low} to {high}, got {value}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixRef:
+    """All that the engine needs to know of a prefix before its tensors arrive.
+
+    `digest` is the only cache key. `task` and `version` label metrics and answers. `first_position` is the
+    position of the request's first own token.
+    """
+
+    task: str
+    version: int
+    digest: str
+    num_virtual_tokens: int
+    first_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt for one task (`prefix` None: the bare base model). `request_id` is ours, never a client's."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    prefix: PrefixRef | None = None
+    endpoint: str = "completions"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """Seconds since the request was submitted; None while it has not happened."""
+
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+    finished_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one choice of a request gained: `text` and `token_ids` are increments, counts are totals.
+
+    `stop_reason`: the stop string or stop token id that ended it. `error`: a sentence, when
+    `finish_reason` is ERROR. The last output of each choice carries `finish_reason`.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    num_output_tokens: int
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    prefix_tier: PrefixTier = PrefixTier.NONE
+    timings: RequestTimings = RequestTimings()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixEvent:
+    """A change of residency, for metrics. `kind`: load | load_failed | evict; tier it concerns."""
+
+    kind: str
+    tier: PrefixTier
+    task: str
+    digest: str
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one engine step did, and the state it left. Gauges are values after the step."""
+
+    duration_seconds: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_scheduled_requests: int
+    num_distinct_tasks: int
+    num_preemptions: int
+    num_running: int
+    num_waiting: int
+    num_waiting_for_prefix: int
+    num_kv_blocks: int
+    num_kv_blocks_used: int
+    num_prefix_blocks: int
+    device_prefix_bytes: int
+    resident_tasks: tuple[str, ...]
+    events: tuple[PrefixEvent, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """One finished request (all its choices), for metrics. Seconds are monotonic differences."""
+
+    task: str
+    endpoint: str
+    outcome: str
+    prefix_tier: PrefixTier
+    num_prompt_tokens: int
+    num_output_tokens: int
+    timings: RequestTimings
+    inter_token_seconds: tuple[float, ...] = ()
