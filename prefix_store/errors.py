@@ -12,6 +12,7 @@
      |-- PreconditionFailed      If-Match / If-None-Match did not hold
      |-- PrefixUnavailable       stored, but its bytes can not be read back intact
      |-- StoreFull               no room left on the device
+     |-- StoreFailed             the file system refused an operation; nothing was changed
      `-- StoreLocked             another process owns this store directory
 
 Raised by `prefix_store`, on whichever thread called it. `server.http.errors` maps each to a status.
@@ -21,6 +22,10 @@ Messages name what was expected and what came; they never hold a path or tensor 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+MAX_PROBLEMS: Final = 256
+"""A hostile header can hold thousands of faults; answers stay small."""
 
 
 class PrefixStoreError(Exception):
@@ -36,12 +41,15 @@ class Problem:
 
 
 class PrefixRejected(PrefixStoreError):
-    """An artifact was refused. `problems` lists all faults found, not only the first."""
+    """An artifact was refused. `problems` lists the faults found (up to 256), not only the first."""
 
     def __init__(self, problems: list[Problem]) -> None:
         assert problems, "a rejection names at least one problem"
-        self.problems = tuple(problems)
-        super().__init__("; ".join(p.detail for p in problems))
+        self.problems = tuple(problems[:MAX_PROBLEMS])
+        if len(problems) > MAX_PROBLEMS:
+            more = f"and {len(problems) - MAX_PROBLEMS} more problems"
+            self.problems = (*self.problems, Problem("", more))
+        super().__init__("; ".join(p.detail for p in self.problems))
 
 
 class MalformedArtifact(PrefixRejected):
@@ -87,6 +95,10 @@ class PrefixUnavailable(PrefixStoreError):
 
 class StoreFull(PrefixStoreError):
     """The file system has no room for the artifact."""
+
+
+class StoreFailed(PrefixStoreError):
+    """The file system failed (an I/O error, a missing permission); the store is as it was before."""
 
 
 class StoreLocked(PrefixStoreError):

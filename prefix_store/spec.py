@@ -8,6 +8,7 @@ The layout is `docs/prefix-format.md` in types: one K and one V tensor per layer
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -20,6 +21,7 @@ FORMAT_VERSION: Final = 1
 MANIFEST_KEY: Final = "prefixd"
 DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -31,6 +33,16 @@ def check_task_name(name: str) -> str:
             f"task name {shown!r}: expected 1 to 63 of a-z 0-9 . _ - beginning with a letter or digit"
         )
     return name
+
+
+def digest_of(data: bytes | bytearray) -> str:
+    """`sha256:<hex>` of an artifact's bytes: its identity, and the only key that caches may use."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` has the form that `digest_of` gives; such a text is safe as part of a path."""
+    return _DIGEST.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +130,8 @@ class PrefixManifest(_Frozen):
     num_virtual_tokens: int = Field(ge=1, le=1_000_000)
     token_start: int | None = Field(default=None, ge=0, le=10_000_000)
     k_space: Literal["post_rope", "none"]
-    model_type: str = Field(max_length=64)
-    rope_theta: float | None = None
+    model_type: str = Field(min_length=1, max_length=64)
+    rope_theta: float | None = Field(default=None, gt=0)
     base_model: BaseModelRef = BaseModelRef()
     generation: GenerationDefaults = GenerationDefaults()
     description: str | None = Field(default=None, max_length=1024)
@@ -163,8 +175,8 @@ class TaskInfo:
 
 def split_ref(ref: str) -> tuple[str, str | None]:
     """`task@v3` -> (`task`, `v3`); a bare name has no selector. Raises `InvalidTaskName`."""
-    task, _, selector = ref.partition("@")
-    return check_task_name(task), selector or None
+    task, at, selector = ref.partition("@")
+    return check_task_name(task), selector if at else None
 
 
 def manifest_json_schema() -> dict[str, Any]:

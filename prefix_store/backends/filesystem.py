@@ -1,0 +1,251 @@
+"""The durable backend: a directory on a local file system that this process owns alone.
+
+    root/ (0700)
+      lock                          held by flock while the store is open
+      tmp/<random>                  stagings; swept at opening
+      blobs/<aa>/<sha256>           artifacts by content; written once
+      log/<log>/<%020d>.json        records, numbered from 1; written once
+
+Everything is written to tmp/, synced, then linked to its final name, and the directory synced: a name that
+is visible belongs to bytes that are whole, and once a call returned, power loss takes nothing back. Any
+thread; a lock makes the linking steps one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import threading
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Final
+
+from prefix_store.backends import durable_files as files
+from prefix_store.backends.base import DiskUsage
+from prefix_store.errors import PrefixUnavailable, StoreFailed, StoreLocked
+from prefix_store.spec import digest_of, is_digest
+
+_BLOB_NAME: Final = re.compile(r"[0-9a-f]{64}")
+_LOG_NAME: Final = re.compile(r"[0-9a-f]{32}")
+_RECORD_NAME: Final = re.compile(r"[0-9]{20}\.json")
+
+
+class FilesystemBackend:
+    """Blobs and logs under `root`. Constructing it locks, repairs and scans the directory.
+
+    Raises `StoreLocked` when another process has it open, `StoreFailed` when it can not be used.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._tmp, self._blobs, self._logs = root / "tmp", root / "blobs", root / "log"
+        self._commit_lock = threading.Lock()  # one link-and-sync at a time; guards what follows
+        self._blob_sizes: dict[str, int] = {}  # digest -> bytes
+        with files.translated_errors():
+            _make_root(root)
+            self._lock_fd = _lock(root / "lock")
+            try:
+                self._recover()
+            except OSError:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Release the directory."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)  # and with it the flock
+            self._lock_fd = -1
+
+    def stage(self) -> FileStagedBlob:
+        """A new empty staging, as a file in tmp/. Raises `StoreFull` or `StoreFailed`."""
+        self._require_open()
+        with files.translated_errors():
+            path = self._tmp / secrets.token_hex(16)
+            return FileStagedBlob(self, path, files.create(path))
+
+    def publish_file(self, source: Path, digest: str, num_bytes: int) -> None:
+        """Give a synced file in tmp/ its final name; for `FileStagedBlob`."""
+        target = self._blob_path(digest)
+        with self._commit_lock:
+            files.make_dir(target.parent)
+            try:
+                files.link_new(source, target)
+            except FileExistsError:
+                self._confirm_blob(source, target, digest)
+            self._blob_sizes[digest] = num_bytes
+
+    def read_blob(self, digest: str) -> bytearray:
+        """A blob in memory; not verified. Raises `PrefixUnavailable`."""
+        if not is_digest(digest):
+            raise PrefixUnavailable("the digest is not one of this store")
+        try:
+            return files.read_file(self._blob_path(digest))
+        except OSError as error:
+            raise PrefixUnavailable("the artifact can not be read from the store") from error
+
+    def sweep_blobs(self, keep: Set[str]) -> None:
+        """Remove the blobs that are not in `keep`; one that can not be removed is left."""
+        with self._commit_lock:
+            for digest in self._blob_sizes.keys() - keep:
+                files.remove(self._blob_path(digest))
+                del self._blob_sizes[digest]
+
+    def usage(self) -> DiskUsage:
+        """What the blobs take now."""
+        with self._commit_lock:
+            return DiskUsage(sum(self._blob_sizes.values()), len(self._blob_sizes))
+
+    def append_record(self, log: str, index: int, payload: bytes) -> None:
+        """Make a new record durable. Raises `StoreFull`, or `StoreFailed` also if it exists."""
+        assert _LOG_NAME.fullmatch(log), "a log's name becomes a path"
+        self._require_open()
+        target = self._logs / log / f"{index:020d}.json"
+        with files.translated_errors(), self._commit_lock:
+            source = self._write_synced(payload)
+            try:
+                files.make_dir(target.parent)
+                files.link_new(source, target)
+            except FileExistsError as error:
+                raise StoreFailed(
+                    "the version log holds a record that this process did not write; reopen the store"
+                ) from error
+            finally:
+                files.remove(source)
+
+    def read_logs(self) -> Mapping[str, Mapping[int, bytes]]:
+        """Every log; a record that can not be read is an empty payload."""
+        with files.translated_errors():
+            return {
+                directory.name: self._read_log(directory)
+                for directory in sorted(self._logs.iterdir())
+                if _LOG_NAME.fullmatch(directory.name)
+            }
+
+    def _require_open(self) -> None:
+        if self._lock_fd < 0:  # another process may own the directory by now
+            raise StoreFailed("the prefix store is closed")
+
+    def _blob_path(self, digest: str) -> Path:
+        name = digest.removeprefix("sha256:")
+        return self._blobs / name[:2] / name
+
+    def _confirm_blob(self, source: Path, target: Path, digest: str) -> None:
+        """The blob is there already. If it is damaged, the new bytes, which are right, replace it."""
+        try:
+            intact = digest_of(files.read_file(target)) == digest
+        except OSError:
+            intact = False
+        if not intact:
+            os.replace(source, target)
+        files.sync_dir(target.parent)
+
+    def _write_synced(self, payload: bytes) -> Path:
+        """A new file in tmp/ whose bytes last, though its name need not."""
+        path = self._tmp / secrets.token_hex(16)
+        fd = files.create(path)
+        try:
+            files.write_all(fd, payload)
+            os.fsync(fd)
+        except OSError:
+            files.remove(path)
+            raise
+        finally:
+            files.close_quietly(fd)
+        return path
+
+    def _recover(self) -> None:
+        """Bring the directory into its resting state after whatever ended the last process.
+
+        Names that it linked and did not live to sync are synced now, before anyone relies on them.
+        """
+        for directory in (self._tmp, self._blobs, self._logs):
+            files.make_dir(directory)
+        for leftover in self._tmp.iterdir():
+            files.remove(leftover)
+        for shard in filter(Path.is_dir, self._blobs.iterdir()):
+            files.sync_dir(shard)
+            for blob in shard.iterdir():
+                if _BLOB_NAME.fullmatch(blob.name):
+                    self._blob_sizes[f"sha256:{blob.name}"] = blob.lstat().st_size
+        for log in filter(Path.is_dir, self._logs.iterdir()):
+            files.sync_dir(log)
+
+    def _read_log(self, directory: Path) -> dict[int, bytes]:
+        records = {}
+        for path in directory.iterdir():
+            if _RECORD_NAME.fullmatch(path.name):
+                payload = b""
+                with contextlib.suppress(OSError):
+                    payload = bytes(files.read_file(path))
+                records[int(path.stem)] = payload
+        return records
+
+
+class FileStagedBlob:
+    """A staging: a file in tmp/ that stays open, so that what is judged is what is published."""
+
+    def __init__(self, backend: FilesystemBackend, path: Path, fd: int) -> None:
+        self._backend = backend
+        self._path = path
+        self._fd = fd
+        self._sha = hashlib.sha256()
+        self._num_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far."""
+        return self._num_bytes
+
+    @property
+    def digest(self) -> str:
+        """Digest of the bytes written so far."""
+        return f"sha256:{self._sha.hexdigest()}"
+
+    def write(self, chunk: bytes) -> None:
+        """Append. Raises `StoreFull` or `StoreFailed`."""
+        with files.translated_errors():
+            files.write_all(self._fd, chunk)
+        self._sha.update(chunk)
+        self._num_bytes += len(chunk)
+
+    def read(self, max_bytes: int | None = None) -> bytearray:
+        """The first `max_bytes` (or all), read back from the file."""
+        wanted = self._num_bytes if max_bytes is None else min(max_bytes, self._num_bytes)
+        with files.translated_errors():
+            return files.read_fd(self._fd, wanted)
+
+    def publish(self) -> None:
+        """Make the blob durable under its digest. Raises `StoreFull` or `StoreFailed`."""
+        with files.translated_errors():
+            os.fsync(
+                self._fd
+            )  # a second fsync after a failed one would lie: the staging is lost then
+            self._backend.publish_file(self._path, self.digest, self._num_bytes)
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        if self._fd >= 0:
+            files.close_quietly(self._fd)
+            files.remove(self._path)
+            self._fd = -1
+
+
+def _make_root(root: Path) -> None:
+    """The store's directory and the parents that it lacks, each with a name that lasts."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    for path in reversed(missing):
+        files.make_dir(path)
+
+
+def _lock(path: Path) -> int:
+    """Take the store's lock for this process; the kernel gives it back however the process ends."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise StoreLocked("another process has this prefix store open") from error
+    return fd

@@ -1,0 +1,67 @@
+"""The records of a task's version log, and the chain that ties them together.
+
+A record is one JSON object. It names its place (`index`, from 1), the task, and the SHA-256 of the record
+before it (`prev`), so a record that was changed, lost, swapped or moved to another task is noticed. Pure
+functions on any thread; called by `catalog`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from prefix_store.spec import PrefixManifest
+
+GENESIS: Final = "0" * 64
+"""`prev` of a log's first record."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    index: int = Field(ge=1)
+    prev: str = Field(pattern=r"^[0-9a-f]{64}$")
+    task: str
+    created_at: str
+
+
+class PublishRecord(_Record):
+    """From here on, `version` is live."""
+
+    kind: Literal["publish"] = "publish"
+    version: int = Field(ge=1)
+    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=1)
+    manifest: PrefixManifest
+
+
+class DeleteRecord(_Record):
+    """From here on, the task is gone, with all versions so far."""
+
+    kind: Literal["delete"] = "delete"
+
+
+Record = PublishRecord | DeleteRecord
+_ADAPTER: Final[TypeAdapter[Record]] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def dump(record: Record) -> bytes:
+    """The bytes to store."""
+    return _ADAPTER.dump_json(record)
+
+
+def load(payload: bytes) -> Record:
+    """The record in `payload`. Raises `ValueError` when it is not one."""
+    return _ADAPTER.validate_json(payload)
+
+
+def chain_hash(payload: bytes) -> str:
+    """What the next record's `prev` must be."""
+    return hashlib.sha256(payload).hexdigest()
+
+
+def log_name(task: str) -> str:
+    """The name of a task's log. Task names never become paths, so none can be crafted."""
+    return hashlib.sha256(task.encode()).hexdigest()[:32]

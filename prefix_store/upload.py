@@ -1,0 +1,119 @@
+"""One upload: bytes come in, are judged, and become a version, or leave no trace.
+
+`Upload` is used by one thread at a time (the HTTP handler's worker); `store` makes it and lends it the
+parts. The order is the promise: everything is proved before anything is visible, and the blob is durable
+before the log names it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+
+from prefix_store.backends.base import StagedBlob
+from prefix_store.catalog import Catalog
+from prefix_store.errors import ArtifactTooLarge, DigestMismatch, Problem
+from prefix_store.header import LENGTH_BYTES, MAX_HEADER_BYTES, read_header
+from prefix_store.spec import BaseSpec, PrefixManifest, PrefixVersion
+from prefix_store.validation import (
+    Limits,
+    accept,
+    max_artifact_bytes,
+    require_compatible,
+    warnings_for,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """`created` is False when those bytes were live already, and nothing changed."""
+
+    version: PrefixVersion
+    created: bool
+    warnings: tuple[str, ...]
+
+
+class Upload:
+    """A context manager: aborted on leaving, unless committed."""
+
+    def __init__(
+        self, staged: StagedBlob, catalog: Catalog, base: BaseSpec, limits: Limits
+    ) -> None:
+        self._staged = staged
+        self._catalog = catalog
+        self._base = base
+        self._limits = limits
+        self._max_bytes = max_artifact_bytes(base, limits.max_num_virtual_tokens)
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    def write(self, chunk: bytes) -> None:
+        """Take the next bytes. Raises `ArtifactTooLarge`, `StoreFull`, `StoreFailed`; aborted then."""
+        try:
+            if self._staged.num_bytes + len(chunk) > self._max_bytes:
+                raise ArtifactTooLarge(
+                    f"more than {self._max_bytes} bytes, the most that a prefix for this model can have"
+                )
+            self._staged.write(chunk)
+        except BaseException:
+            self.abort()
+            raise
+
+    def commit(
+        self,
+        task: str,
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+        expected_sha256: str | None = None,
+    ) -> PutResult:
+        """Prove the bytes and make them the live version of `task`; durable on return.
+
+        `if_match`, `if_none_match`: as in `Catalog.check_preconditions`. `expected_sha256`: the digest
+        that the caller announced, with or without `sha256:` before it. Raises `InvalidTaskName`,
+        `PreconditionFailed`, `DigestMismatch`, `MalformedArtifact`, `IncompatiblePrefix`, `StoreFull`,
+        `StoreFailed` or `PrefixUnavailable`; then nothing changed. Ends the upload either way.
+        """
+        try:
+            # Asked now to spare the work, and again when the record is written.
+            self._catalog.check_preconditions(task, if_match=if_match, if_none_match=if_none_match)
+            self._check_digest(expected_sha256)
+            manifest = self._prove()
+            digest, size_bytes = self._staged.digest, self._staged.num_bytes
+            self._staged.publish()
+            version, created = self._catalog.publish(
+                task,
+                digest,
+                size_bytes,
+                manifest,
+                if_match=if_match,
+                if_none_match=if_none_match,
+            )
+        finally:
+            self.abort()
+        return PutResult(version, created, warnings_for(manifest, self._base))
+
+    def abort(self) -> None:
+        """Drop what was written. Harmless after `commit` and when repeated."""
+        self._staged.discard()
+
+    def _check_digest(self, expected: str | None) -> None:
+        got = self._staged.digest
+        if expected is not None and expected.lower().removeprefix("sha256:") != got[7:]:
+            raise DigestMismatch([Problem("", f"the bytes received have the digest {got}")])
+
+    def _prove(self) -> PrefixManifest:
+        """Header first: memory for the whole artifact is taken only for one that could be right."""
+        head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
+        require_compatible(read_header(head, self._staged.num_bytes), self._base, self._limits)
+        prefix = accept(self._staged.read(), self._staged.digest, self._base, self._limits)
+        return prefix.manifest

@@ -1,0 +1,320 @@
+"""The engine's face towards the event loop: submit, stream, abort; and the engine thread itself.
+
+Two threads meet here. The event loop calls every public method and owns the streams; the engine thread
+runs `_run`, which owns the `EngineCore` and everything below it. They exchange frozen messages only:
+the inbox in one direction, `call_soon_threadsafe` in the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from server.engine.core import EngineCore, EngineParts, StepResult
+from server.engine.inbox import Inbox
+from server.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EvictPrefix,
+    Message,
+    SequenceOutput,
+    WarmPrefix,
+)
+from server.engine.output_processor import OutputProcessor
+from server.engine.prefetch import Prefetcher, PrefixAnswer, PrefixSource
+from server.engine.tokenizer import Tokenizer
+from server.errors import ContextTooLong, EngineOverloaded, EngineStopped, InvalidParameter
+from server.types import (
+    FinishReason,
+    GenerationRequest,
+    PrefixRef,
+    RequestOutput,
+    RequestStats,
+    StepStats,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class EngineObserver(Protocol):
+    """Who wants the engine's figures: `server.metrics.Metrics`. Called on the event loop."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+    def on_request(self, stats: RequestStats) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a single request may ask for. `max_model_len` counts prefix, prompt and output tokens.
+
+    `position_limit`: positions that the model has. `pool_blocks`: blocks that can be handed out in all.
+    """
+
+    max_model_len: int
+    position_limit: int | None
+    pool_blocks: int
+    block_size: int
+    vocab_size: int
+    max_num_queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Whether the engine thread lives, and how long ago it last came round its loop."""
+
+    alive: bool
+    heartbeat_age_seconds: float
+    num_running: int
+    num_waiting: int
+
+
+class RequestStream(AsyncIterator[RequestOutput]):
+    """The increments of one request, all choices interleaved, until each has a finish reason.
+
+    Increments that a slow reader has not taken yet wait here; there are at most `max_tokens` per choice.
+    """
+
+    def __init__(self, processor: OutputProcessor, abort: Callable[[str], None]) -> None:
+        self.processor = processor
+        self._abort = abort
+        self._queue: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+        self._closed = False
+
+    def put(self, output: RequestOutput) -> None:
+        """Hands over an increment; closes the stream behind the last one."""
+        self._queue.put_nowait(output)
+        if self.processor.finished:
+            self._queue.put_nowait(None)
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        output = None if self._closed else await self._queue.get()
+        if output is None:
+            self._closed = True
+            raise StopAsyncIteration
+        return output
+
+    async def aclose(self) -> None:
+        """Ends the stream; aborts the request if it still runs. May be called at any time, repeatedly."""
+        self._closed = True
+        if not self.processor.finished:
+            self._abort(self.processor.request.request_id)
+
+
+class AsyncEngine:
+    """One engine thread, many streams."""
+
+    def __init__(
+        self,
+        parts: EngineParts,
+        tokenizer: Tokenizer,
+        source: PrefixSource,
+        limits: EngineLimits,
+        observer: EngineObserver,
+        *,
+        debug: bool = False,
+    ) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._observer = observer
+        self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
+        self._prefetcher = Prefetcher(source, self._inbox.put)
+        self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
+        self._streams: dict[str, RequestStream] = {}
+        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._heartbeat = time.monotonic()
+        self._stopping = False
+        self._last_stats: StepStats | None = None
+
+    # ---- event loop: life ----------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Starts the engine thread; outputs go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._heartbeat = time.monotonic()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Stops the engine thread after its current step; streams that are open end with an error."""
+        self._stopping = True
+        self._inbox.close()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        self._prefetcher.close()
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._fail_streams("the server is shutting down")
+
+    def status(self) -> EngineStatus:
+        """A snapshot for probes; cheap."""
+        stats = self._last_stats
+        return EngineStatus(
+            alive=self._thread.is_alive() and not self._stopping,
+            heartbeat_age_seconds=time.monotonic() - self._heartbeat,
+            num_running=stats.num_running if stats else 0,
+            num_waiting=stats.num_waiting + stats.num_waiting_for_prefix if stats else 0,
+        )
+
+    # ---- event loop: requests ------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens that prefix, prompt and output may have together."""
+        return self._limits.max_model_len
+
+    async def tokenize(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of a prompt, computed off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoders, self._tokenizer.encode, prompt)
+
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`,
+        `EngineStopped`; once it returns, every choice ends with a finish reason.
+        """
+        self._check(request)
+        if self._stopping or not self._thread.is_alive():
+            raise EngineStopped("the engine takes no more requests")
+        waiting = len(self._streams)
+        if waiting >= self._limits.max_num_queued:
+            raise EngineOverloaded(
+                f"{waiting} requests are in progress; at most {self._limits.max_num_queued} are taken"
+            )
+        assert request.request_id not in self._streams, "request ids are ours and unique"
+        processor = OutputProcessor(request, self._tokenizer, time.monotonic())
+        stream = RequestStream(processor, self.abort)
+        self._streams[request.request_id] = stream
+        seed = request.sampling.seed
+        self._inbox.put(AddRequest(request, secrets.randbits(63) if seed is None else seed))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request wherever it stands; its blocks are free after the step under way. Idempotent."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._inbox.put(AbortRequest(request_id))
+            self._account(stream.processor, "cancelled")
+
+    def warm(self, ref: PrefixRef, *, pin: bool = False) -> None:
+        """Makes a prefix resident before the first request asks for it; `pin` keeps it there."""
+        self._inbox.put(WarmPrefix(ref, pin))
+
+    def evict(self, digest: str) -> None:
+        """Frees a prefix's blocks once no running request reads them."""
+        self._inbox.put(EvictPrefix(digest))
+
+    def _check(self, request: GenerationRequest) -> None:
+        limits, prompt = self._limits, request.prompt_token_ids
+        if not prompt:
+            raise InvalidParameter("prompt: expected at least one token", param="prompt")
+        for token_id in (*prompt, *request.sampling.stop_token_ids):
+            if not 0 <= token_id < limits.vocab_size:
+                raise InvalidParameter(
+                    f"token id {token_id}: expected 0 to {limits.vocab_size - 1}", param="prompt"
+                )
+        virtual = request.prefix.num_virtual_tokens if request.prefix else 0
+        first = request.prefix.first_position if request.prefix else 0
+        own = len(prompt) + request.sampling.max_tokens
+        counts = f"prompt {len(prompt)} + max_tokens {request.sampling.max_tokens}"
+        if virtual + own > limits.max_model_len:
+            raise ContextTooLong(
+                f"prefix {virtual} + {counts} tokens: expected at most {limits.max_model_len}",
+                param="prompt",
+            )
+        if limits.position_limit is not None and first + own > limits.position_limit:
+            raise ContextTooLong(
+                f"{counts} tokens from position {first}: the model has {limits.position_limit} positions",
+                param="prompt",
+            )
+        needed = -(-virtual // limits.block_size) - (-own // limits.block_size)
+        if needed > limits.pool_blocks:
+            raise ContextTooLong(
+                f"prefix {virtual} + {counts} tokens need {needed} KV blocks; the pool has "
+                f"{limits.pool_blocks} (kv_cache_bytes)",
+                param="prompt",
+            )
+
+    # ---- event loop: what comes back -----------------------------------------------------------
+
+    def _deliver(self, result: StepResult) -> None:
+        self._last_stats = result.stats
+        self._observer.on_step(result.stats)
+        now = time.monotonic()
+        for output in result.outputs:
+            self._deliver_one(output, now)
+
+    def _deliver_one(self, output: SequenceOutput, now: float) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return  # aborted meanwhile
+        increment = stream.processor.process(output, now)
+        if increment is None:
+            return
+        if increment.finish_reason is not None and output.finish_reason is None:
+            self._inbox.put(AbortRequest(output.request_id, output.index))  # a stop string ended it
+        stream.put(increment)
+        if stream.processor.finished:
+            del self._streams[output.request_id]
+            reason = increment.finish_reason
+            self._account(stream.processor, str(reason), increment)
+
+    def _account(
+        self, processor: OutputProcessor, outcome: str, last: RequestOutput | None = None
+    ) -> None:
+        request = processor.request
+        self._observer.on_request(
+            RequestStats(
+                task=request.prefix.task if request.prefix else "",
+                endpoint=request.endpoint,
+                outcome=outcome,
+                prefix_tier=processor.prefix_tier,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_output_tokens=processor.num_output_tokens,
+                timings=last.timings if last else processor.timings,
+                inter_token_seconds=tuple(processor.inter_token_seconds),
+            )
+        )
+
+    def _fail_streams(self, reason: str) -> None:
+        """Ends every open stream with an error, so that no client waits for ever."""
+        for request_id, stream in list(self._streams.items()):
+            del self._streams[request_id]
+            for output in stream.processor.fail(reason):
+                stream.put(output)
+            self._account(stream.processor, str(FinishReason.ERROR))
+
+    # ---- engine thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The engine thread: one step after another while there is work, else waits for a message."""
+        assert self._loop is not None
+        try:
+            while not self._stopping:
+                messages = self._inbox.drain(wait_seconds=0.0 if self._core.has_work() else 1.0)
+                self._heartbeat = time.monotonic()
+                if messages or self._core.has_work():
+                    self._post(self._deliver, self._core.step(messages))
+        except Exception:
+            logger.exception("the engine thread died")
+            self._stopping = True
+            self._post(self._fail_streams, "the engine has failed")
+            raise
+
+    def _post(self, callback: Callable[[T], None], argument: T) -> None:
+        """Runs `callback` on the event loop; nobody is left to hear when that has closed already."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, argument)

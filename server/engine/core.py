@@ -1,0 +1,150 @@
+"""The inner loop: `EngineCore.step` takes the inbox, plans, runs, commits.
+
+Owned by the engine thread, which calls `step` while there is work. Holds the prefixes that wait in host
+memory for their blocks; knows no sockets, no text, no event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prefix_store.artifact import Prefix
+from server.engine.messages import (
+    Message,
+    PrefixFailed,
+    PrefixReady,
+    RowOutcome,
+    SchedulerOutput,
+    SequenceOutput,
+)
+from server.engine.prefetch import PrefixAnswer, PrefixLoaded, PrefixLoadFailed
+from server.engine.scheduler import Scheduler
+from server.kvcache.block_pool import BlockPool
+from server.kvcache.resident_prefixes import ResidentPrefixes
+from server.types import PrefixEvent, PrefixRef, PrefixTier, StepStats
+
+logger = logging.getLogger(__name__)
+
+STEP_FAILED = "the engine failed while it ran this request's step"
+
+
+class Runner(Protocol):
+    """What performs a plan: `ModelRunner`, or a double in tests."""
+
+    def execute(
+        self, plan: SchedulerOutput, staged: Mapping[str, Prefix]
+    ) -> Sequence[RowOutcome]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave: increments for clients, and its figures."""
+
+    outputs: list[SequenceOutput]
+    stats: StepStats
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made of; `bootstrap` builds them. `block_bytes`: one block over all layers."""
+
+    scheduler: Scheduler
+    blocks: BlockPool
+    prefixes: ResidentPrefixes
+    runner: Runner
+    block_bytes: int
+
+
+class EngineCore:
+    """Drives scheduler and runner. `request_prefix` starts a load whose answer comes with a later step."""
+
+    def __init__(
+        self,
+        parts: EngineParts,
+        request_prefix: Callable[[PrefixRef], None],
+        clock: Callable[[], float],
+        *,
+        debug: bool = False,
+    ) -> None:
+        self._parts = parts
+        self._scheduler = parts.scheduler
+        self._request_prefix = request_prefix
+        self._clock = clock
+        self._debug = debug
+        self._staged: dict[str, Prefix] = {}
+        self._events: list[PrefixEvent] = []
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything without a new message."""
+        return self._scheduler.has_work()
+
+    def step(self, inbox: Sequence[Message | PrefixAnswer]) -> StepResult:
+        """One step: plan, run, commit. Never raises for a row's or a plan's failure: those rows end."""
+        started = self._clock()
+        plan = self._scheduler.schedule(started, [self._stage(m) for m in inbox])
+        for ref in plan.prefix_requests:
+            self._request_prefix(ref)
+        outputs = self._perform(plan)
+        self._forget_staged()
+        if self._debug:
+            self._scheduler.check_invariants()
+        return StepResult(outputs, self._stats(plan, self._clock() - started))
+
+    def _stage(self, message: Message | PrefixAnswer) -> Message:
+        """Keeps a loaded prefix's tensors here and tells the scheduler only that they came."""
+        match message:
+            case PrefixLoaded(ref, prefix, tier, seconds):
+                self._staged[ref.digest] = prefix
+                self._note("load", tier, ref, seconds=seconds)
+                return PrefixReady(ref.digest, tier)
+            case PrefixLoadFailed(ref, reason, seconds):
+                self._note("load_failed", PrefixTier.DISK, ref, seconds=seconds)
+                return PrefixFailed(ref.digest, reason)
+            case other:
+                return other
+
+    def _perform(self, plan: SchedulerOutput) -> list[SequenceOutput]:
+        try:
+            outcomes = self._parts.runner.execute(plan, self._staged)
+        except Exception:
+            logger.exception("a step of %d rows failed", len(plan.rows))
+            return self._scheduler.fail(plan, STEP_FAILED)
+        return self._scheduler.commit(plan, outcomes)
+
+    def _forget_staged(self) -> None:
+        """Lets go of tensors that are resident now, or that nobody waits for any more."""
+        wanted = self._scheduler.staged
+        for digest in [d for d in self._staged if d not in wanted]:
+            del self._staged[digest]
+
+    def _note(self, kind: str, tier: PrefixTier, ref: PrefixRef, *, seconds: float = 0.0) -> None:
+        self._events.append(PrefixEvent(kind, tier, ref.task, ref.digest, seconds))
+
+    def _stats(self, plan: SchedulerOutput, seconds: float) -> StepStats:
+        for ref in plan.evicted:
+            self._note("evict", PrefixTier.DEVICE, ref)
+        for load in plan.prefix_loads:
+            self._note("load", PrefixTier.DEVICE, load.ref)
+        events, self._events = tuple(self._events), []
+        prefixes, blocks = self._parts.prefixes, self._parts.blocks
+        decode = sum(len(row.token_ids) == 1 and row.start > 0 for row in plan.rows)
+        return StepStats(
+            duration_seconds=seconds,
+            num_prefill_tokens=plan.num_tokens - decode,
+            num_decode_tokens=decode,
+            num_scheduled_requests=len(plan.rows),
+            num_distinct_tasks=len({row.sequence.digest for row in plan.rows}),
+            num_preemptions=plan.num_preemptions,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_waiting_for_prefix=self._scheduler.num_waiting_for_prefix,
+            num_kv_blocks=blocks.capacity,
+            num_kv_blocks_used=blocks.num_used,
+            num_prefix_blocks=prefixes.num_blocks,
+            device_prefix_bytes=prefixes.num_blocks * self._parts.block_bytes,
+            resident_tasks=tuple(sorted({e.ref.task for e in prefixes.entries()})),
+            events=events,
+        )

@@ -1,0 +1,125 @@
+"""What the scheduler is told and what it answers: the inbox messages and the step plan.
+
+All frozen, all free of torch. The event loop and the prefetch workers post `Message`s; the engine thread
+hands them to `Scheduler.schedule`, performs the `SchedulerOutput` and returns `RowOutcome`s to `commit`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.engine.sequence import Sequence
+from server.types import FinishReason, GenerationRequest, PrefixRef, PrefixTier
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """Serve this request. `seed` feeds the sampler when the request names none."""
+
+    request: GenerationRequest
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """Stop a request, or one of its choices. Unknown ids are fine: it may have finished meanwhile."""
+
+    request_id: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReady:
+    """The prefix's tensors are in host memory; `tier` says where they came from."""
+
+    digest: str
+    tier: PrefixTier
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixFailed:
+    """The prefix could not be loaded; `reason` goes to the requests that waited for it."""
+
+    digest: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmPrefix:
+    """Make a prefix resident before a request asks for it, and keep it there if `pin`."""
+
+    ref: PrefixRef
+    pin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EvictPrefix:
+    """Free a prefix's blocks as soon as no running sequence reads them."""
+
+    digest: str
+
+
+Message = AddRequest | AbortRequest | PrefixReady | PrefixFailed | WarmPrefix | EvictPrefix
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One sequence's share of a step: run own tokens `start`..`start + len(token_ids)`.
+
+    The runner reads `sequence` for its sampling state only. `sample`: the last of these tokens is the last
+    known one, so its logits give the next. Tables are copies: they stay what they were when planned.
+    """
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    start: int
+    prefix_block_ids: tuple[int, ...]
+    num_virtual_tokens: int
+    first_position: int
+    block_ids: tuple[int, ...]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLoad:
+    """Write the staged tensors of `ref` into these blocks before the step's forward pass."""
+
+    ref: PrefixRef
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """The plan of one step, in the order in which it is performed."""
+
+    prefix_requests: tuple[PrefixRef, ...]
+    prefix_loads: tuple[PrefixLoad, ...]
+    rows: tuple[ScheduledRow, ...]
+    evicted: tuple[PrefixRef, ...]
+    num_preemptions: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """What came of one row: the sampled token, nothing (mid-prefill), or why the row failed."""
+
+    token_id: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """One step's gain of one sequence, on its way to the event loop."""
+
+    request_id: str
+    index: int
+    token_id: int | None
+    finish_reason: FinishReason | None
+    stop_token_id: int | None
+    error: str | None
+    prefix_tier: PrefixTier
+    queue_seconds: float | None

@@ -1,0 +1,474 @@
+"""Decides what each step runs: a pure state machine, `schedule(now, inbox)` then `commit(plan, outcomes)`.
+
+Owned by the engine thread; called by `EngineCore` only. No torch, no clock, no thread, no randomness: the
+same calls give the same plans, so it can be simulated without a model.
+
+Policy, in order:
+1. running sequences go on: first those that decode one token, then those with prompt left to compute;
+2. a sequence that needs a block gets one by evicting idle prefixes, then by preempting the youngest;
+3. waiting sequences are admitted first come first served, all blocks or nothing. One whose prefix is not
+   at hand steps aside and does not hold up those behind it; one that finds no room does.
+The oldest sequence is never preempted for another, so there is always progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+from itertools import count
+
+from server.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EvictPrefix,
+    Message,
+    PrefixFailed,
+    PrefixLoad,
+    PrefixReady,
+    RowOutcome,
+    ScheduledRow,
+    SchedulerOutput,
+    SequenceOutput,
+    WarmPrefix,
+)
+from server.engine.sequence import Sequence, SequenceStatus
+from server.kvcache.block_pool import BlockPool
+from server.kvcache.resident_prefixes import ResidentPrefix, ResidentPrefixes
+from server.types import FinishReason, PrefixRef, PrefixTier
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """`max_num_batched_tokens` bounds the own tokens of a step, `max_num_seqs` the running set."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.max_num_seqs <= self.max_num_batched_tokens
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan being made. Rows are keyed by sequence, so that a preemption can take one back."""
+
+    budget: int
+    rows: dict[Sequence, ScheduledRow] = field(default_factory=dict)
+    prefix_requests: list[PrefixRef] = field(default_factory=list)
+    prefix_loads: list[PrefixLoad] = field(default_factory=list)
+    evicted: list[ResidentPrefix] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    def finished_plan(self) -> SchedulerOutput:
+        return SchedulerOutput(
+            prefix_requests=tuple(self.prefix_requests),
+            prefix_loads=tuple(self.prefix_loads),
+            rows=tuple(self.rows.values()),
+            evicted=tuple(entry.ref for entry in self.evicted),
+            num_preemptions=self.num_preemptions,
+        )
+
+
+class Scheduler:
+    """Owns every sequence, and through `blocks` and `prefixes` every block.
+
+    Invariants: a sequence is in `_waiting` or `_running` or finished; it holds blocks and a lease exactly
+    while running; a prefix is absent, loading, staged (host memory) or resident.
+    """
+
+    def __init__(
+        self, limits: SchedulerLimits, blocks: BlockPool, prefixes: ResidentPrefixes
+    ) -> None:
+        self._limits = limits
+        self._blocks = blocks
+        self._prefixes = prefixes
+        self._waiting: list[Sequence] = []  # in order of arrival
+        self._running: list[Sequence] = []
+        self._order: dict[Sequence, int] = {}  # arrival number of every live sequence
+        self._arrivals = count()
+        self._loading: set[str] = set()
+        self._staged: dict[str, PrefixTier] = {}
+        self._warm: dict[str, WarmPrefix] = {}
+        self._ended: list[
+            SequenceOutput
+        ] = []  # finished outside of a step, reported by next commit
+
+    # ---- what others may see -------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) - self.num_waiting_for_prefix
+
+    @property
+    def num_waiting_for_prefix(self) -> int:
+        return sum(s.status is SequenceStatus.WAITING_FOR_PREFIX for s in self._waiting)
+
+    @property
+    def staged(self) -> frozenset[str]:
+        """Digests whose tensors must stay in host memory for a load to come."""
+        return frozenset(self._staged)
+
+    def has_work(self) -> bool:
+        """Whether a step now could do anything without another message."""
+        if self._running or self._ended:
+            return True
+        return any(s.digest is None or self._at_hand(s.digest) for s in self._waiting) or any(
+            digest in self._staged for digest in self._warm
+        )
+
+    # ---- plan ----------------------------------------------------------------------------------
+
+    def schedule(self, now: float, inbox: Iterable[Message] = ()) -> SchedulerOutput:
+        """Takes in the messages and plans one step. May be empty of rows."""
+        for message in inbox:
+            self._receive(message, now)
+        step = _Step(self._limits.max_num_batched_tokens)
+        self._continue_running(step)
+        self._load_warm(step)
+        self._admit_waiting(step, now)
+        self._drop_unwanted()
+        return step.finished_plan()
+
+    def _receive(self, message: Message, now: float) -> None:
+        match message:
+            case AddRequest(request, seed):
+                for index in range(request.sampling.n):
+                    seq = Sequence(request, index, seed + index, arrival=now)
+                    self._order[seq] = next(self._arrivals)
+                    self._waiting.append(seq)
+            case AbortRequest(request_id, index):
+                for seq in self._live(request_id, index):
+                    self._finish(seq, FinishReason.ABORT)
+            case PrefixReady(digest, tier):
+                self._prefix_ready(digest, tier)
+            case PrefixFailed(digest, reason):
+                self._prefix_failed(digest, reason)
+            case WarmPrefix(ref, pin):
+                if ref.digest not in self._prefixes:
+                    self._warm[ref.digest] = message
+                elif pin:
+                    self._prefixes.pin(ref.digest)
+            case EvictPrefix(digest):
+                self._warm.pop(digest, None)
+                self._prefixes.retire(digest)
+
+    def _live(self, request_id: str, index: int | None) -> list[Sequence]:
+        return [
+            s
+            for s in self._order
+            if s.request.request_id == request_id and index in (None, s.index)
+        ]
+
+    def _prefix_ready(self, digest: str, tier: PrefixTier) -> None:
+        if digest not in self._loading:
+            return
+        self._loading.remove(digest)
+        self._staged[digest] = tier
+        for seq in self._waiting:
+            if seq.digest == digest and seq.prefix_tier is None:
+                seq.prefix_tier = tier
+
+    def _prefix_failed(self, digest: str, reason: str) -> None:
+        self._loading.discard(digest)
+        self._warm.pop(digest, None)
+        for seq in [s for s in self._waiting if s.digest == digest]:
+            self._finish(seq, FinishReason.ERROR, error=reason)
+
+    # ---- running sequences ---------------------------------------------------------------------
+
+    def _continue_running(self, step: _Step) -> None:
+        decoding = [s for s in self._running if s.num_uncomputed_tokens == 1]
+        prefilling = [s for s in self._running if s.num_uncomputed_tokens > 1]
+        for seq in decoding + prefilling:
+            if step.budget == 0:
+                break
+            # An earlier sequence of this loop may have preempted this one, or its own growth may.
+            if seq.status is SequenceStatus.RUNNING and self._grow(seq, step):
+                self._add_row(seq, step)
+
+    def _grow(self, seq: Sequence, step: _Step) -> bool:
+        """Gives `seq` blocks for all its tokens; False if that cost it its own place."""
+        needed = self._blocks.blocks_for(seq.num_tokens) - len(seq.block_table)
+        while self._blocks.num_free < needed:
+            step.evicted += self._prefixes.make_room(needed)
+            if self._blocks.num_free >= needed:
+                break
+            victim = max(self._running, key=self._order.__getitem__)
+            self._preempt(victim, step)
+            if victim is seq:
+                return False
+        seq.block_table += self._blocks.allocate(max(0, needed))
+        return True
+
+    def _preempt(self, seq: Sequence, step: _Step) -> None:
+        """Takes everything from a sequence; it will compute its tokens again."""
+        row = step.rows.pop(seq, None)
+        if row is not None:
+            step.budget += len(row.token_ids)
+        self._give_back(seq)
+        self._running.remove(seq)
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        seq.become(SequenceStatus.PREEMPTED)
+        # Back to its place by arrival: those who came later stay behind it.
+        position = sum(self._order[s] < self._order[seq] for s in self._waiting)
+        self._waiting.insert(position, seq)
+        step.num_preemptions += 1
+
+    def _add_row(self, seq: Sequence, step: _Step) -> None:
+        num_tokens = min(seq.num_uncomputed_tokens, step.budget)
+        start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+        prefix = seq.request.prefix
+        step.rows[seq] = ScheduledRow(
+            sequence=seq,
+            token_ids=seq.token_ids(start, stop),
+            start=start,
+            prefix_block_ids=seq.lease.resident.block_ids if seq.lease else (),
+            num_virtual_tokens=seq.num_virtual_tokens,
+            first_position=prefix.first_position if prefix else 0,
+            block_ids=tuple(seq.block_table),
+            sample=stop == seq.num_tokens,
+        )
+        step.budget -= num_tokens
+
+    # ---- waiting sequences ---------------------------------------------------------------------
+
+    def _admit_waiting(self, step: _Step, now: float) -> None:
+        for seq in list(self._waiting):
+            if step.budget == 0 or len(self._running) >= self._limits.max_num_seqs:
+                break
+            if not self._prefix_at_hand(seq, step):
+                continue
+            if not self._admit(seq, step, now):
+                break
+
+    def _at_hand(self, digest: str) -> bool:
+        return digest in self._prefixes or digest in self._staged
+
+    def _prefix_at_hand(self, seq: Sequence, step: _Step) -> bool:
+        """Whether the sequence could start; asks for its prefix, once, if not."""
+        digest = seq.digest
+        if digest is None:
+            seq.prefix_tier = PrefixTier.NONE
+            return True
+        if self._at_hand(digest):
+            if seq.prefix_tier is None:
+                seq.prefix_tier = self._staged.get(digest, PrefixTier.DEVICE)
+            return True
+        assert seq.request.prefix is not None
+        self._request_prefix(seq.request.prefix, step)
+        if digest in self._loading and seq.status is not SequenceStatus.WAITING_FOR_PREFIX:
+            seq.become(SequenceStatus.WAITING_FOR_PREFIX)
+        return False
+
+    def _request_prefix(self, ref: PrefixRef, step: _Step) -> None:
+        """Has a prefix loaded unless it already is, or too many are under way."""
+        in_flight = len(self._loading) + len(self._staged)
+        if ref.digest not in self._loading and in_flight < self._limits.max_num_seqs:
+            self._loading.add(ref.digest)
+            step.prefix_requests.append(ref)
+
+    def _admit(self, seq: Sequence, step: _Step, now: float) -> bool:
+        """Moves a sequence to the running set with all its blocks, or leaves everything as it was."""
+        needed = self._blocks.blocks_for(seq.num_tokens)
+        digest = seq.digest
+        if digest is not None and digest in self._prefixes:
+            seq.lease = self._prefixes.acquire(digest)  # so that making room does not evict it
+        elif digest is not None:
+            needed += self._blocks.blocks_for(seq.num_virtual_tokens)
+        # One block in reserve for each running sequence: else the next step would preempt the newcomer.
+        if not self._make_room(needed, reserve=len(self._running), step=step):
+            self._release(seq)
+            if not self._running:
+                self._refuse_for_pins(seq, needed)
+            return False
+        if digest is not None and seq.lease is None:
+            assert seq.request.prefix is not None
+            self._reserve(seq.request.prefix, step)
+            seq.lease = self._prefixes.acquire(digest)
+        seq.block_table = self._blocks.allocate(self._blocks.blocks_for(seq.num_tokens))
+        self._waiting.remove(seq)
+        self._running.append(seq)
+        seq.become(SequenceStatus.RUNNING)
+        if seq.first_scheduled is None:
+            seq.first_scheduled = now
+        self._add_row(seq, step)
+        return True
+
+    def _make_room(self, needed: int, reserve: int, step: _Step) -> bool:
+        """Evicts idle prefixes until `needed` blocks are free; evicts none if that can not succeed."""
+        if self._blocks.num_free + self._prefixes.num_evictable_blocks < needed + reserve:
+            return False
+        step.evicted += self._prefixes.make_room(needed)
+        return True
+
+    def _reserve(self, ref: PrefixRef, step: _Step) -> None:
+        """Staged -> resident: blocks now, tensors in the step being planned."""
+        del self._staged[ref.digest]
+        resident = self._prefixes.reserve(ref)
+        step.prefix_loads.append(PrefixLoad(ref, resident.block_ids))
+        warm = self._warm.pop(ref.digest, None)
+        if warm and warm.pin:
+            self._prefixes.pin(ref.digest)
+
+    def _refuse_for_pins(self, seq: Sequence, needed: int) -> None:
+        """With nothing running, only pinned prefixes can be in the way, and they will not go."""
+        self._finish(
+            seq,
+            FinishReason.ERROR,
+            error=f"the request needs {needed} KV blocks; the pool has {self._blocks.capacity}, "
+            f"of which pinned prefixes hold {self._prefixes.num_blocks}",
+        )
+
+    def _load_warm(self, step: _Step) -> None:
+        """Makes asked-for prefixes resident where there is room without disturbing a sequence."""
+        for digest, warm in list(self._warm.items()):
+            if digest in self._prefixes:
+                del self._warm[digest]
+                if warm.pin:
+                    self._prefixes.pin(digest)
+            elif digest not in self._staged:
+                self._request_prefix(warm.ref, step)
+            elif self._make_room(
+                self._blocks.blocks_for(warm.ref.num_virtual_tokens), len(self._running), step
+            ):
+                self._reserve(warm.ref, step)
+            elif not self._running:
+                del self._warm[digest]  # it can not fit beside what is pinned
+
+    def _drop_unwanted(self) -> None:
+        """Forgets staged prefixes whose last waiting sequence went away."""
+        wanted = {seq.digest for seq in self._waiting} | self._warm.keys()
+        for digest in [d for d in self._staged if d not in wanted]:
+            del self._staged[digest]
+
+    # ---- results -------------------------------------------------------------------------------
+
+    def commit(
+        self, plan: SchedulerOutput, outcomes: Sequence_[RowOutcome]
+    ) -> list[SequenceOutput]:
+        """Takes in what the runner did with `plan`, one outcome per row; returns what clients gain."""
+        assert len(outcomes) == len(plan.rows)
+        ended, self._ended = self._ended, []
+        outputs = [self._commit_row(r, o) for r, o in zip(plan.rows, outcomes, strict=True)]
+        return ended + [output for output in outputs if output is not None]
+
+    def _commit_row(self, row: ScheduledRow, outcome: RowOutcome) -> SequenceOutput | None:
+        seq = row.sequence
+        seq.num_computed_tokens += len(row.token_ids)
+        if outcome.error is not None:
+            return self._end(seq, FinishReason.ERROR, error=outcome.error)
+        if not row.sample:
+            return None
+        assert outcome.token_id is not None, "a sampling row has a token or an error"
+        seq.output_token_ids.append(outcome.token_id)
+        reason = self._finish_reason(seq)
+        if reason is None:
+            return self._output(seq, outcome.token_id)
+        return self._end(seq, reason, token_id=outcome.token_id)
+
+    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
+        sampling = seq.request.sampling
+        last = seq.output_token_ids[-1]
+        is_eos = last in self._limits.eos_token_ids and not sampling.ignore_eos
+        if (is_eos or last in sampling.stop_token_ids) and (
+            len(seq.output_token_ids) > sampling.min_tokens
+        ):
+            return FinishReason.STOP
+        if len(seq.output_token_ids) >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def fail(self, plan: SchedulerOutput, error: str) -> list[SequenceOutput]:
+        """The runner could not perform `plan`: its rows end, and prefixes it was to load are not trusted."""
+        outputs = self.commit(plan, [RowOutcome(error=error)] * len(plan.rows))
+        for load in plan.prefix_loads:
+            self._prefixes.unpin(load.ref.digest)
+            self._prefixes.retire(load.ref.digest)
+        return outputs
+
+    def _finish(self, seq: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
+        self._ended.append(self._end(seq, reason, error=error))
+
+    def _end(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        *,
+        token_id: int | None = None,
+        error: str | None = None,
+    ) -> SequenceOutput:
+        """Removes a sequence from wherever it stands and gives back all it held."""
+        self._give_back(seq)
+        (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
+        del self._order[seq]
+        seq.become(SequenceStatus.FINISHED)
+        return self._output(seq, token_id, reason, error)
+
+    def _output(
+        self,
+        seq: Sequence,
+        token_id: int | None,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> SequenceOutput:
+        started = seq.first_scheduled
+        return SequenceOutput(
+            request_id=seq.request.request_id,
+            index=seq.index,
+            token_id=token_id,
+            finish_reason=reason,
+            stop_token_id=token_id if reason is FinishReason.STOP else None,
+            error=error,
+            prefix_tier=seq.prefix_tier or PrefixTier.NONE,
+            queue_seconds=None if started is None else started - seq.arrival,
+        )
+
+    def _give_back(self, seq: Sequence) -> None:
+        self._blocks.free(seq.block_table)
+        seq.block_table = []
+        self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        if seq.lease is not None:
+            self._prefixes.release(seq.lease)
+            seq.lease = None
+
+    # ---- self-check ----------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Recomputes the class invariants from scratch; for tests and the debug loop."""
+        self._blocks.check_invariants()
+        self._prefixes.check_invariants()
+        assert set(self._waiting) | set(self._running) == set(self._order)
+        assert not set(self._waiting) & set(self._running)
+        assert len(self._running) <= self._limits.max_num_seqs
+        orders = [self._order[s] for s in self._waiting]
+        assert orders == sorted(orders), "waiting sequences keep their order of arrival"
+        assert all(s.status is SequenceStatus.RUNNING for s in self._running)
+        assert all(not s.block_table and s.lease is None for s in self._waiting)
+        for digest in [*self._loading, *self._staged]:
+            assert digest not in self._prefixes, "a prefix is in one state"
+        assert not self._loading & self._staged.keys()
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        owned = [b for s in self._running for b in s.block_table]
+        held = [b for e in self._prefixes.entries() for b in e.block_ids]
+        assert len(owned + held) == len(set(owned + held)), "a block has two owners"
+        assert len(owned + held) == self._blocks.num_used, "a block leaked"
+        leases = {e.ref.digest: 0 for e in self._prefixes.entries()}
+        for seq in self._running:
+            assert len(seq.block_table) >= self._blocks.blocks_for(seq.num_computed_tokens)
+            assert (seq.lease is None) == (seq.digest is None)
+            if seq.lease is not None:
+                assert seq.lease.resident.ref.digest == seq.digest, "a lease of another version"
+                leases[seq.lease.resident.ref.digest] += 1
+        for entry in self._prefixes.entries():
+            assert entry.num_leases == leases[entry.ref.digest], "a lease leaked"

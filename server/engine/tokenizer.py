@@ -1,0 +1,73 @@
+"""Text to token ids, and token ids back to text as they come.
+
+`Tokenizer` is called by the event-loop side only, `encode` on a worker thread because a long prompt takes
+a while. The engine thread never sees text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoTokenizer
+
+_INCOMPLETE: Final = "\ufffd"  # what a decoder gives for the first bytes of a character
+
+
+class Tokenizer:
+    """A transformers tokenizer, reduced to what serving needs."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, source: str | Path, *, revision: str | None = None) -> Tokenizer:
+        """The tokenizer of a model directory or hub id."""
+        return cls(
+            AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+        )
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids, with the special tokens that the model's tokenizer adds by default."""
+        return tuple(self._tokenizer(text)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a run of tokens, special tokens left out."""
+        return str(
+            self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+class Detokenizer:
+    """Turns one sequence's tokens into text increments. Joined, they are the text of all tokens.
+
+    A token's text can depend on its neighbours (a space, half a character). So a window of recent tokens
+    is decoded with and without the new ones, and what was added is given out once it ends in a whole
+    character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._window = 0  # first token that still influences the next one's text
+        self._given = 0  # tokens whose text has been given out
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that became certain with these tokens; may be empty."""
+        self._tokens.extend(token_ids)
+        before = self._tokenizer.decode(self._tokens[self._window : self._given])
+        after = self._tokenizer.decode(self._tokens[self._window :])
+        if len(after) <= len(before) or after.endswith(_INCOMPLETE):
+            return ""
+        self._window, self._given = self._given, len(self._tokens)
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        """What is still held back, as far as it can be decoded."""
+        before = self._tokenizer.decode(self._tokens[self._window : self._given])
+        after = self._tokenizer.decode(self._tokens[self._window :])
+        self._given = len(self._tokens)
+        return after[len(before) :]

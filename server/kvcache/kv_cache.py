@@ -1,0 +1,84 @@
+"""The K/V tensors behind the block ids: one pool for resident prefixes and for requests.
+
+Owned by the engine thread; allocated once at start, written by the attention layer (own tokens) and by
+`write_prefix` (a whole prefix, once, before anyone reads it).
+
+Shapes: S = num_blocks * block_size slots, H = kv heads, D = head dim. A slot is one token's address:
+slot = block_id * block_size + offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefix_store.artifact import Prefix
+from prefix_store.spec import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's pool. Block 0 stays zero: padded gathers read it."""
+
+    keys: Tensor  # [S, H, Dk]
+    values: Tensor  # [S, H, Dv]
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Puts T tokens' keys [T, H, Dk] and values [T, H, Dv] at slots [T]."""
+        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.values.index_copy_(0, slots, values.to(self.values.dtype))
+
+
+class KVCache:
+    """All layers' pools."""
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.device = device
+        num_slots = num_blocks * block_size
+        dtype = getattr(torch, layout.dtype)
+        # Zeros, not empty: a masked slot holding NaN would still poison its row (0 * NaN).
+        self.layers = tuple(
+            LayerKV(
+                torch.zeros(
+                    num_slots, layer.num_kv_heads, layer.key_dim, dtype=dtype, device=device
+                ),
+                torch.zeros(
+                    num_slots, layer.num_kv_heads, layer.value_dim, dtype=dtype, device=device
+                ),
+            )
+            for layer in layout.layers
+        )
+
+    @staticmethod
+    def bytes_per_block(layout: KVLayout, block_size: int) -> int:
+        """Bytes that one block takes over all layers."""
+        return layout.bytes_per_token * block_size
+
+    def slots(self, block_ids: Sequence[int], num_tokens: int) -> Tensor:
+        """Slots [num_tokens] of the first tokens of a block table, int64."""
+        blocks = torch.tensor(block_ids, dtype=torch.int64)
+        offsets = torch.arange(self.block_size)
+        return (blocks[:, None] * self.block_size + offsets).flatten()[:num_tokens]
+
+    def write_prefix(self, block_ids: Sequence[int], prefix: Prefix) -> None:
+        """Copies a prefix into its blocks; the tail of the last block stays as it is, unread."""
+        assert len(prefix.keys) == len(self.layers), "validation has checked the layer count"
+        num_virtual_tokens = prefix.keys[0].shape[0]
+        slots = self.slots(block_ids, num_virtual_tokens).to(self.device)
+        for layer, keys, values in zip(self.layers, prefix.keys, prefix.values, strict=True):
+            layer.write(slots, keys.to(self.device), values.to(self.device))
+
+    def zero_blocks(self, block_ids: Sequence[int]) -> None:
+        """Wipes blocks whose content must not be met again (a row that went non-finite)."""
+        slots = self.slots(block_ids, len(block_ids) * self.block_size).to(self.device)
+        for layer in self.layers:
+            layer.keys.index_fill_(0, slots, 0)
+            layer.values.index_fill_(0, slots, 0)

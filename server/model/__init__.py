@@ -1,0 +1,1 @@
+"""The model: loading it, running one step of it, sampling from it."""

@@ -1,0 +1,159 @@
+"""A step plan as tensors: what the model and the attention layers read during one forward pass.
+
+Built by `ModelRunner` on the engine thread for each step, never reused. Packed and ragged: the tokens of
+all rows stand one after another in one sequence of T tokens; nothing is padded except gather indices.
+
+T = tokens of the step, R = rows, L = K/V length of a row (prefix and own tokens, this step's included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from server.engine.messages import ScheduledRow
+from server.kvcache.kv_cache import KVCache
+
+# Gathers of decode rows are padded to a multiple of this. A fixed multiple, and not the longest row as it
+# is, keeps the vectorised sums of a row in the same lanes whatever its batch mates are.
+GATHER_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """Row r: its tokens are `first`..`first + num_tokens - 1` of the pack, the last of `kv_len` keys."""
+
+    first: int
+    num_tokens: int
+    kv_len: int
+    kv_slots: Tensor  # [kv_len] on the host
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Rows of one token each, of like K/V length, attended in one call."""
+
+    tokens: Tensor  # [B] index of each row's token in the pack
+    kv_slots: Tensor  # [B, L] padded with slots of the null block
+    kv_lens: Tensor  # [B]
+
+    def visible(self, window: int | None) -> Tensor:
+        """Mask [B, 1, 1, L]: which keys each row's token sees; it is itself key kv_len - 1."""
+        position = torch.arange(self.kv_slots.shape[1], device=self.kv_slots.device)
+        seen = position < self.kv_lens[:, None]
+        if window is not None:
+            seen &= position > self.kv_lens[:, None] - 1 - window
+        return seen[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One step. `logits_indices` are the tokens whose next token is wanted, in row order."""
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T]
+    slot_mapping: Tensor  # [T] where each token's K/V goes
+    logits_indices: Tensor  # [number of sampling rows]
+    rows: tuple[RowSpan, ...]
+    device: torch.device
+
+    @cached_property
+    def decode_groups(self) -> tuple[DecodeGroup, ...]:
+        """One-token rows, grouped by padded K/V length so that no row pays for a much longer one."""
+        buckets: dict[int, list[RowSpan]] = {}
+        for row in self.rows:
+            if row.num_tokens == 1:
+                buckets.setdefault(_bucket(row.kv_len), []).append(row)
+        return tuple(self._group(length, rows) for length, rows in sorted(buckets.items()))
+
+    def _group(self, length: int, rows: list[RowSpan]) -> DecodeGroup:
+        slots = torch.zeros(len(rows), length, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            slots[i, : row.kv_len] = row.kv_slots
+        return DecodeGroup(
+            tokens=torch.tensor([row.first for row in rows]).to(self.device),
+            kv_slots=slots.to(self.device),
+            kv_lens=torch.tensor([row.kv_len for row in rows]).to(self.device),
+        )
+
+    @cached_property
+    def prefill_rows(self) -> tuple[RowSpan, ...]:
+        """Rows of several tokens, with their slots on the device."""
+        return tuple(
+            RowSpan(row.first, row.num_tokens, row.kv_len, row.kv_slots.to(self.device))
+            for row in self.rows
+            if row.num_tokens > 1
+        )
+
+    @cached_property
+    def _masks(self) -> dict[tuple[int, int | None], Tensor]:
+        return {}
+
+    def prefill_mask(self, row_index: int, window: int | None) -> Tensor:
+        """Mask [n, L] of a prefill row; made once per step and window, used by every layer."""
+        key = (row_index, window)
+        if key not in self._masks:
+            row = self.prefill_rows[row_index]
+            self._masks[key] = causal_mask(row.num_tokens, row.kv_len, window, self.device)
+        return self._masks[key]
+
+    def decode_mask(self, group_index: int, window: int | None) -> Tensor:
+        """Mask [B, 1, 1, L] of a decode group; made once per step and window."""
+        key = (-1 - group_index, window)
+        if key not in self._masks:
+            self._masks[key] = self.decode_groups[group_index].visible(window)
+        return self._masks[key]
+
+
+def _bucket(kv_len: int) -> int:
+    """A padded length >= kv_len: multiples of 64, growing by at most a quarter."""
+    step = GATHER_MULTIPLE
+    while step * 4 < kv_len:
+        step *= 2
+    return -(-kv_len // step) * step
+
+
+def causal_mask(num_tokens: int, kv_len: int, window: int | None, device: torch.device) -> Tensor:
+    """Mask [n, L] of the last `num_tokens` of `kv_len` tokens: causal, and inside `window` if there is one.
+
+    Prefix tokens are keys 0..P-1 and count as positions of the window, as with PEFT.
+    """
+    key = torch.arange(kv_len, device=device)
+    query = torch.arange(kv_len - num_tokens, kv_len, device=device)[:, None]
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    return mask
+
+
+def build_forward_batch(rows: Sequence[ScheduledRow], kv_cache: KVCache) -> ForwardBatch:
+    """Lays the rows of a plan out as tensors on the cache's device."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[Tensor] = []
+    sampling: list[int] = []
+    spans: list[RowSpan] = []
+    for row in rows:
+        count, end = len(row.token_ids), row.start + len(row.token_ids)
+        own = kv_cache.slots(row.block_ids, end)
+        prefix = kv_cache.slots(row.prefix_block_ids, row.num_virtual_tokens)
+        kv_slots = torch.cat([prefix, own])
+        spans.append(RowSpan(len(token_ids), count, row.num_virtual_tokens + end, kv_slots))
+        slots.append(own[row.start :])
+        token_ids.extend(row.token_ids)
+        positions.extend(range(row.first_position + row.start, row.first_position + end))
+        if row.sample:
+            sampling.append(len(token_ids) - 1)
+    device = kv_cache.device
+    return ForwardBatch(
+        input_ids=torch.tensor([token_ids]).to(device),
+        position_ids=torch.tensor([positions]).to(device),
+        slot_mapping=torch.cat(slots).to(device),
+        logits_indices=torch.tensor(sampling, dtype=torch.int64).to(device),
+        rows=tuple(spans),
+        device=device,
+    )
