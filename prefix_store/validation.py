@@ -52,11 +52,13 @@ def accept(data: bytearray, digest: str, base: BaseSpec, limits: Limits) -> Pref
 
     `data` becomes the memory of the tensors. Raises `MalformedArtifact` or `IncompatiblePrefix`.
     """
-    require_compatible(read_header(data, len(data)), base, limits)
+    header = read_header(data, len(data))
+    require_compatible(header, base, limits)
     prefix = decode(data, digest)
-    problems = [*_check_values(prefix, base, limits)]
-    if problems:
-        raise IncompatiblePrefix(problems)
+    # All values at once: one pass instead of one per tensor, which matters while requests wait for a load.
+    values = torch.frombuffer(data, dtype=TORCH_DTYPES[header.dtype], offset=header.data_start)
+    if _value_fault(values, base.layout.dtype, limits.max_abs_value):
+        raise IncompatiblePrefix([*_value_problems(prefix, base, limits)])
     return prefix
 
 
@@ -191,7 +193,7 @@ _HEADER_RULES: Final[tuple[Callable[[ArtifactHeader, BaseSpec], Iterable[Problem
 )
 
 
-def _check_values(prefix: Prefix, base: BaseSpec, limits: Limits) -> Iterator[Problem]:
+def _value_problems(prefix: Prefix, base: BaseSpec, limits: Limits) -> Iterator[Problem]:
     for part, tensors in (("key", prefix.keys), ("value", prefix.values)):
         for layer, tensor in enumerate(tensors):
             fault = _value_fault(tensor, base.layout.dtype, limits.max_abs_value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -125,11 +125,13 @@ class AsyncEngine:
         limits: EngineLimits,
         observer: EngineObserver,
         *,
+        seeds: random.Random,
         debug: bool = False,
     ) -> None:
         self._limits = limits
         self._tokenizer = tokenizer
         self._observer = observer
+        self._seeds = seeds
         self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
         self._prefetcher = Prefetcher(source, self._inbox.put)
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
@@ -198,7 +200,7 @@ class AsyncEngine:
         stream = RequestStream(processor, self.abort)
         self._streams[request.request_id] = stream
         seed = request.sampling.seed
-        self._inbox.put(AddRequest(request, secrets.randbits(63) if seed is None else seed))
+        self._inbox.put(AddRequest(request, self._seeds.getrandbits(63) if seed is None else seed))
         return stream
 
     def abort(self, request_id: str) -> None:

@@ -1,0 +1,18 @@
+"""Shared by all tests: one torch thread, a clean environment."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Tiny tensors: a second thread costs more than it computes, and the test runner uses the other core.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No PREFIXD_* variable of the developer's shell reaches a test."""
+    for name in [n for n in os.environ if n.startswith("PREFIXD_")]:
+        monkeypatch.delenv(name)
