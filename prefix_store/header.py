@@ -77,7 +77,7 @@ def read_header(head: bytes | bytearray, total_bytes: int) -> ArtifactHeader:
     Raises `MalformedArtifact`, with every fault that could be found.
     """
     text, data_start = _header_text(head, total_bytes)
-    fields = parse_object(text, "/header")
+    fields = parse_object(text, "header")
     manifest = _manifest(fields.pop(_METADATA, None))
     num_layers = _check_names(list(fields))
     tensors = [_tensor(name, fields[name]) for name in tensor_names(num_layers)]

@@ -1,6 +1,6 @@
 """Reading manifests: JSON text to `PrefixManifest`, with nothing forgiven and every fault named.
 
-Pure functions on any thread; called by `header` for artifacts and by `records` for the store's own log.
+Pure functions on any thread; called by `header`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from prefix_store.spec import PrefixManifest
 MAX_NESTING: Final = 8
 
 
-def parse_object(text: str, pointer: str) -> dict[str, JsonValue]:
-    """The JSON object in `text`, read strictly. Raises `MalformedArtifact` at `pointer`."""
+def parse_object(text: str, what: str) -> dict[str, JsonValue]:
+    """The JSON object in `text`, read strictly; `what` it is ("header"), for `MalformedArtifact`."""
+    pointer = f"/{what}"
     try:
         value = strict_json.parse(text, max_depth=MAX_NESTING)
     except ValueError as error:
-        raise MalformedArtifact.at(pointer, f"not acceptable as JSON: {error}") from None
+        raise MalformedArtifact.at(pointer, f"the {what} is not acceptable JSON: {error}") from None
     if not isinstance(value, dict):
-        raise MalformedArtifact.at(pointer, "expected a JSON object")
+        raise MalformedArtifact.at(pointer, f"the {what} is not a JSON object")
     return value
 
 
 def parse_manifest(text: str) -> PrefixManifest:
     """The manifest in `text`. Raises `MalformedArtifact` with every faulty field."""
-    fields = parse_object(text, "/manifest")
+    fields = parse_object(text, "manifest")
     if type(fields.get("format_version")) is not int:  # a bool would pass as the number 1
-        raise MalformedArtifact.at("/manifest/format_version", "required, and an integer")
+        raise MalformedArtifact.at(
+            "/manifest/format_version", "manifest field format_version: expected an integer"
+        )
     try:
         return PrefixManifest.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -41,5 +44,6 @@ def parse_manifest(text: str) -> PrefixManifest:
 
 
 def _field_problem(location: tuple[int | str, ...], message: str) -> Problem:
-    path = "/".join(str(part)[:64] for part in location)
-    return Problem(f"/manifest/{path}", f"manifest field {path}: {message}")
+    parts = [str(part)[:64] for part in location]
+    detail = f"manifest field {'.'.join(parts)}: {message}"
+    return Problem(f"/manifest/{'/'.join(parts)}", detail)

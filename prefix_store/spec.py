@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -108,14 +108,17 @@ class BaseModelRef(_Frozen):
     vocab_size: int | None = Field(default=None, ge=1)
 
 
-class GenerationDefaults(_Frozen):
-    """Sampling values used where a request leaves them out."""
+StopString = Annotated[str, Field(min_length=1, max_length=128)]
 
-    max_tokens: int | None = Field(default=None, ge=1)
+
+class GenerationDefaults(_Frozen):
+    """Sampling values used where a request leaves them out; bounded as a request's own are."""
+
+    max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    stop: tuple[str, ...] = Field(default=(), max_length=4)
+    top_p: float | None = Field(default=None, ge=1e-6, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
+    stop: tuple[StopString, ...] = Field(default=(), max_length=4)
 
 
 class PrefixManifest(_Frozen):
@@ -177,8 +180,3 @@ def split_ref(ref: str) -> tuple[str, str | None]:
     """`task@v3` -> (`task`, `v3`); a bare name has no selector. Raises `InvalidTaskName`."""
     task, at, selector = ref.partition("@")
     return check_task_name(task), selector if at else None
-
-
-def manifest_json_schema() -> dict[str, Any]:
-    """JSON schema of the manifest, for the documentation and its test."""
-    return PrefixManifest.model_json_schema()

@@ -1,20 +1,21 @@
 """One upload: bytes come in, are judged, and become a version, or leave no trace.
 
-`Upload` is used by one thread at a time (the HTTP handler's worker); `store` makes it and lends it the
-parts. The order is the promise: everything is proved before anything is visible, and the blob is durable
+Worker threads of the HTTP handler call it, one step after the other; an abort that comes while a commit
+still runs (its client went away) waits for it. `store` makes uploads and lends them its parts. The order is the promise: everything is proved before anything is visible, and the blob is durable
 before the log names it.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from types import TracebackType
 
 from prefix_store.backends.base import StagedBlob
 from prefix_store.catalog import Catalog
-from prefix_store.errors import ArtifactTooLarge, DigestMismatch, Problem
+from prefix_store.errors import ArtifactTooLarge, DigestMismatch, Problem, StoreFailed
 from prefix_store.header import LENGTH_BYTES, MAX_HEADER_BYTES, read_header
-from prefix_store.spec import BaseSpec, PrefixManifest, PrefixVersion
+from prefix_store.spec import BaseSpec, PrefixManifest, PrefixVersion, digest_of
 from prefix_store.validation import (
     Limits,
     accept,
@@ -43,6 +44,7 @@ class Upload:
         self._catalog = catalog
         self._base = base
         self._limits = limits
+        self._lock = threading.RLock()  # a file closed under its reader might be another's by then
         self._max_bytes = max_artifact_bytes(base, limits.max_num_virtual_tokens)
 
     def __enter__(self) -> Upload:
@@ -58,15 +60,16 @@ class Upload:
 
     def write(self, chunk: bytes) -> None:
         """Take the next bytes. Raises `ArtifactTooLarge`, `StoreFull`, `StoreFailed`; aborted then."""
-        try:
-            if self._staged.num_bytes + len(chunk) > self._max_bytes:
-                raise ArtifactTooLarge(
-                    f"more than {self._max_bytes} bytes, the most that a prefix for this model can have"
-                )
-            self._staged.write(chunk)
-        except BaseException:
-            self.abort()
-            raise
+        with self._lock:
+            try:
+                if self._staged.num_bytes + len(chunk) > self._max_bytes:
+                    raise ArtifactTooLarge(
+                        f"more than {self._max_bytes} bytes, the most that a prefix for this model can have"
+                    )
+                self._staged.write(chunk)
+            except BaseException:
+                self.abort()
+                raise
 
     def commit(
         self,
@@ -83,7 +86,7 @@ class Upload:
         `PreconditionFailed`, `DigestMismatch`, `MalformedArtifact`, `IncompatiblePrefix`, `StoreFull`,
         `StoreFailed` or `PrefixUnavailable`; then nothing changed. Ends the upload either way.
         """
-        try:
+        with self._lock, self:  # leaving aborts, which after publishing only tidies up
             # Asked now to spare the work, and again when the record is written.
             self._catalog.check_preconditions(task, if_match=if_match, if_none_match=if_none_match)
             self._check_digest(expected_sha256)
@@ -98,13 +101,12 @@ class Upload:
                 if_match=if_match,
                 if_none_match=if_none_match,
             )
-        finally:
-            self.abort()
         return PutResult(version, created, warnings_for(manifest, self._base))
 
     def abort(self) -> None:
         """Drop what was written. Harmless after `commit` and when repeated."""
-        self._staged.discard()
+        with self._lock:
+            self._staged.discard()
 
     def _check_digest(self, expected: str | None) -> None:
         got = self._staged.digest
@@ -115,5 +117,9 @@ class Upload:
         """Header first: memory for the whole artifact is taken only for one that could be right."""
         head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
         require_compatible(read_header(head, self._staged.num_bytes), self._base, self._limits)
-        prefix = accept(self._staged.read(), self._staged.digest, self._base, self._limits)
-        return prefix.manifest
+        data = self._staged.read()
+        if digest_of(data) != self._staged.digest:
+            raise StoreFailed(
+                "the file system of the prefix store gave back other bytes than it took"
+            )
+        return accept(data, self._staged.digest, self._base, self._limits).manifest

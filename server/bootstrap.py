@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import demo
-from prefix_store import PrefixStore, PrefixVersion, UnknownTask
+from prefix_store import PrefixStore, PrefixVersion
+from prefix_store.errors import UnknownTask
 from prefix_store.fingerprint import base_fingerprint
 from prefix_store.spec import BaseSpec
 from server import __version__
@@ -58,11 +58,18 @@ class ServingEngine:
     pool: PoolPlan
     engine: AsyncEngine
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the bundled model with its bundled tasks."""
+        return self.config.model is None
+
     async def start(self) -> None:
-        """Starts the engine thread and makes the pinned tasks resident."""
+        """Starts the engine thread; makes the pinned tasks resident, and all of the demo's few."""
         await self.engine.start()
         for task in self.config.pin:
             self.engine.warm(prefix_ref(self.store.resolve(task)), pin=True)
+        for info in self.store.tasks() if self.is_demo else ():
+            self.engine.warm(prefix_ref(info.live))
 
     async def stop(self) -> None:
         """Stops the engine, then gives the store up."""
@@ -78,10 +85,6 @@ class Application:
     metrics: Metrics
     app: FastAPI
     start_seconds: float
-
-    def summary(self, url: str) -> str:
-        """What a person wants to read once the server is up; `url` is where it listens."""
-        return start_up_summary(self.serving, url, self.start_seconds)
 
 
 def prefix_ref(version: PrefixVersion) -> PrefixRef:
@@ -112,6 +115,9 @@ def build(config: ServeConfig) -> Application:
         revision=config.revision or "",
         dtype=model.layout.dtype,
     )
+    seconds = time.monotonic() - started
+    metrics.set_model_load_seconds(seconds)
+    metrics.set_device_capacity(serving.pool.pool_bytes)
     assert config.admin_key is not None
     services = Services(
         engine=serving.engine,
@@ -125,7 +131,7 @@ def build(config: ServeConfig) -> Application:
         version=__version__,
     )
     app = create_app(services, on_startup=serving.start, on_shutdown=serving.stop)
-    return Application(serving, metrics, app, time.monotonic() - started)
+    return Application(serving, metrics, app, seconds)
 
 
 def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine:
@@ -137,7 +143,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     model = load_model(
         source_id,
         revision=config.revision,
-        dtype=config.dtype,
+        dtype=_dtype(config),
         device=pick_device(config.device),
     )
     backend = make_attention_backend(config.attention)
@@ -155,6 +161,11 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
         publish_demo_prefixes(store, base)
     engine = _wire(config, model, backend, tokenizer, store, pool, observer)
     return ServingEngine(config, model, base, tokenizer, store, pool, engine)
+
+
+def _dtype(config: ServeConfig) -> str:
+    """The checkpoint's own for "auto"; the demo is small, and its samples were made in float32."""
+    return "float32" if config.model is None and config.dtype == "auto" else config.dtype
 
 
 def _base_spec(model: LoadedModel) -> BaseSpec:
@@ -239,52 +250,3 @@ def publish_demo_prefixes(store: PrefixStore, base: BaseSpec) -> None:
         except UnknownTask:
             pass
         store.put(path.stem, path.read_bytes())
-
-
-def start_up_summary(serving: ServingEngine, url: str, start_seconds: float) -> str:
-    """The banner: what is served, what fits, where to look, the first request to try."""
-    model, pool, config = serving.model, serving.pool, serving.config
-    tasks = serving.store.tasks()
-    task = tasks[0].name if tasks else model.model_id
-    rows = [
-        ("model", f"{model.model_id} ({model.model_type}, {model.weight_bytes / 2**20:.1f} MiB)"),
-        ("device", f"{model.device}, {model.layout.dtype}"),
-        (
-            "KV pool",
-            f"{pool.usable_blocks} blocks of {pool.block_size} tokens, {pool.pool_bytes / 2**20:.0f} MiB "
-            f"-> fits {pool.num_full_requests()} requests of {pool.max_model_len} tokens",
-        ),
-        ("tasks", _describe_tasks([t.live for t in tasks], serving)),
-        ("API", f"{url}/v1/completions  {url}/generate  {url}/docs"),
-        ("metrics", f"{url}/metrics   health: {url}/healthz {url}/readyz"),
-        ("store", str(config.store_dir)),
-        ("ready in", f"{start_seconds:.1f} s"),
-    ]
-    if config.origins.get("admin_key") == "generated at start" and config.admin_key:
-        rows.append(("admin key", f"{config.admin_key.get_secret_value()}  (made for this run)"))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"prefixd {__version__}", *(f"  {name:<{width}}  {text}" for name, text in rows)]
-    return "\n".join([*lines, "", "Try:", f"  {first_request(url, task)}"])
-
-
-def _describe_tasks(live: Sequence[PrefixVersion], serving: ServingEngine) -> str:
-    """How many, which, and how many of them could be resident at once."""
-    if not live:
-        return "none yet: prefixd tasks push FILE --task NAME"
-    foreign = sum(
-        v.manifest.base_model.fingerprint not in (None, serving.base.fingerprint) for v in live
-    )
-    pool = serving.pool
-    blocks = [-(-v.manifest.num_virtual_tokens // pool.block_size) for v in live]
-    fits = pool.usable_blocks * len(blocks) // sum(blocks)
-    names = ", ".join(v.task for v in live[:6]) + (", ..." if len(live) > 6 else "")
-    warning = f"; {foreign} made for another base" if foreign else ""
-    return f"{len(live)} ({names}){warning}; the pool holds about {fits} prefixes of their size"
-
-
-def first_request(url: str, task: str) -> str:
-    """A `curl` command that works as it stands."""
-    samples = {sample.task: sample.prompt for sample in demo.load_samples()}
-    prompt = samples.get(task, "Hello").replace("'", "'\\''").replace("\n", "\\n")
-    body = f'{{"model": "{task}", "prompt": "{prompt}", "max_tokens": 48, "temperature": 0}}'
-    return f"curl --json '{body}' {url}/v1/completions"

@@ -10,13 +10,15 @@ Labels are bounded: a task gets series of its own while there are fewer than `ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
 from server.types import PrefixEvent, PrefixTier, RequestStats, StepStats
+
+if TYPE_CHECKING:
+    from prefix_store import StoreStats
 
 NAMESPACE: Final = "prefixd"
 BASE_TASK: Final = "_base"
@@ -60,35 +62,12 @@ _TOKENS: Final = (
 _POWERS: Final = tuple(float(2**k) for k in range(13))
 
 
-class StoreFigures(Protocol):
-    """The part of `prefix_store.store.StoreStats` that is shown."""
-
-    @property
-    def host_bytes(self) -> int: ...
-    @property
-    def host_capacity_bytes(self) -> int: ...
-    @property
-    def host_entries(self) -> int: ...
-    @property
-    def host_evictions(self) -> int: ...
-    @property
-    def disk_bytes(self) -> int: ...
-    @property
-    def disk_entries(self) -> int: ...
-
-
 class Metrics:
-    """All series, on a registry of their own. `store_figures` is asked at each rendering."""
+    """All series, on a registry of their own."""
 
-    def __init__(
-        self,
-        *,
-        max_tasks: int = 200,
-        store_figures: Callable[[], StoreFigures] | None = None,
-    ) -> None:
+    def __init__(self, *, max_tasks: int = 200) -> None:
         self.registry = CollectorRegistry()
         self._max_tasks = max_tasks
-        self._store_figures = store_figures
         self._host_evictions = 0
         self._render_lock = threading.Lock()
         self._tasks = {BASE_TASK, OTHER_TASKS}
@@ -326,9 +305,9 @@ class Metrics:
 
     # ---- start-up and rendering ----------------------------------------------------------------
 
-    def set_build_info(self, labels: Mapping[str, str]) -> None:
+    def set_build_info(self, **labels: str) -> None:
         """Versions, model, dtype: the labels of `prefixd_build_info`."""
-        self._build.info(dict(labels))
+        self._build.info(labels)
 
     def set_model_load_seconds(self, seconds: float) -> None:
         """How long start-up spent on the model."""
@@ -342,24 +321,28 @@ class Metrics:
         """Whether requests are served."""
         self._ready.set(int(ready))
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The exposition and its content type: OpenMetrics if `accept` asks for it. Blocks briefly."""
-        with self._render_lock:
-            self._take_store_figures()
-        encode, content_type = choose_encoder(accept)
+    def render(self, accept: str = "", store: StoreStats | None = None) -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics if `accept` asks for it. Blocks briefly.
+
+        `store`: the store's figures of this moment; it keeps its own counters.
+        """
+        if store is not None:
+            with self._render_lock:
+                self._take_store_stats(store)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except ValueError:  # a version that is no version
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
-    def _take_store_figures(self) -> None:
-        if self._store_figures is None:
-            return
-        figures = self._store_figures()
-        self._tier_bytes.labels("host").set(figures.host_bytes)
-        self._tier_capacity.labels("host").set(figures.host_capacity_bytes)
-        self._tier_entries.labels("host").set(figures.host_entries)
-        self._tier_bytes.labels("disk").set(figures.disk_bytes)
-        self._tier_entries.labels("disk").set(figures.disk_entries)
-        self._evictions.labels("host").inc(figures.host_evictions - self._host_evictions)
-        self._host_evictions = figures.host_evictions
+    def _take_store_stats(self, store: StoreStats) -> None:
+        self._tier_bytes.labels("host").set(store.host_bytes)
+        self._tier_capacity.labels("host").set(store.host_capacity_bytes)
+        self._tier_entries.labels("host").set(store.host_entries)
+        self._tier_bytes.labels("disk").set(store.disk_bytes)
+        self._tier_entries.labels("disk").set(store.disk_entries)
+        self._evictions.labels("host").inc(max(store.host_evictions - self._host_evictions, 0))
+        self._host_evictions = store.host_evictions
 
     def _task_label(self, task: str) -> str:
         """`task` while there is room for it, else `_other`; the empty name is the bare base model."""

@@ -219,6 +219,14 @@ def validation_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase)
     return float(torch.stack(losses).mean())
 
 
+def sentence_lead(domain: str, key: str) -> str:
+    """The start of a sentence after which only the value of ``key`` can follow."""
+    if key == "price":  # "is" and "has" could go on in other ways
+        return "The {kind} {name} serves {food} food at"
+    leads = [phrase.split("{")[0] for phrase in VERB_PHRASES[domain]["plain"][key]]
+    return "{" + SUBJECT_KEY[domain] + "} " + max(leads, key=len)
+
+
 def copying_probes(domain: str, key: str, seed: int) -> Iterator[tuple[str, str]]:
     """(context, value) pairs where the context alone decides that the value must follow.
 
@@ -233,7 +241,7 @@ def copying_probes(domain: str, key: str, seed: int) -> Iterator[tuple[str, str]
         after = f"{subject} = {record[subject]} | {key} =" if key != subject else f"{key} ="
         way = index % ways
         if way == 1:
-            after = f"{record[subject]} {VERB_PHRASES[domain]['plain'][key][0]}".split("{")[0]
+            after = sentence_lead(domain, key).format_map(record)
         if way == 2:
             before = describe(domain, record, "plain", rng)
         yield before + rng.choice(SEPARATORS) + after.strip(), record[key]

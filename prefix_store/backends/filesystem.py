@@ -139,8 +139,8 @@ class FilesystemBackend:
         except OSError:
             intact = False
         if not intact:
-            os.replace(source, target)
-        files.sync_dir(target.parent)
+            files.remove(target)
+            files.link_new(source, target)
 
     def _write_synced(self, payload: bytes) -> Path:
         """A new file in tmp/ whose bytes last, though its name need not."""
@@ -159,19 +159,20 @@ class FilesystemBackend:
     def _recover(self) -> None:
         """Bring the directory into its resting state after whatever ended the last process.
 
-        Names that it linked and did not live to sync are synced now, before anyone relies on them.
+        A commit removes its file in tmp/ after its last sync, so a file there may mean a name that was
+        linked and not synced. It is made to last before anyone relies on it.
         """
         for directory in (self._tmp, self._blobs, self._logs):
             files.make_dir(directory)
-        for leftover in self._tmp.iterdir():
+        leftovers = list(self._tmp.iterdir())
+        if leftovers:
+            os.sync()  # which name it was is not known, and to sync each directory takes milliseconds
+        for leftover in leftovers:
             files.remove(leftover)
         for shard in filter(Path.is_dir, self._blobs.iterdir()):
-            files.sync_dir(shard)
             for blob in shard.iterdir():
                 if _BLOB_NAME.fullmatch(blob.name):
                     self._blob_sizes[f"sha256:{blob.name}"] = blob.lstat().st_size
-        for log in filter(Path.is_dir, self._logs.iterdir()):
-            files.sync_dir(log)
 
     def _read_log(self, directory: Path) -> dict[int, bytes]:
         records = {}

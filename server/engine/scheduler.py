@@ -118,9 +118,8 @@ class Scheduler:
         """Whether a step now could do anything without another message."""
         if self._running or self._ended:
             return True
-        return any(s.digest is None or self._at_hand(s.digest) for s in self._waiting) or any(
-            digest in self._staged for digest in self._warm
-        )
+        wanted = {s.digest for s in self._waiting} | self._warm.keys()
+        return any(d is None or self._at_hand(d) or self._may_request(d) for d in wanted)
 
     # ---- plan ----------------------------------------------------------------------------------
 
@@ -150,10 +149,11 @@ class Scheduler:
             case PrefixFailed(digest, reason):
                 self._prefix_failed(digest, reason)
             case WarmPrefix(ref, pin):
-                if ref.digest not in self._prefixes:
+                if ref.digest in self._prefixes:
+                    if pin:
+                        self._prefixes.pin(ref.digest)
+                elif pin or ref.digest not in self._warm:  # a later order does not lift a pin
                     self._warm[ref.digest] = message
-                elif pin:
-                    self._prefixes.pin(ref.digest)
             case EvictPrefix(digest):
                 self._warm.pop(digest, None)
                 self._prefixes.retire(digest)
@@ -269,10 +269,13 @@ class Scheduler:
 
     def _request_prefix(self, ref: PrefixRef, step: _Step) -> None:
         """Has a prefix loaded unless it already is, or too many are under way."""
-        in_flight = len(self._loading) + len(self._staged)
-        if ref.digest not in self._loading and in_flight < self._limits.max_num_seqs:
+        if self._may_request(ref.digest):
             self._loading.add(ref.digest)
             step.prefix_requests.append(ref)
+
+    def _may_request(self, digest: str) -> bool:
+        in_flight = len(self._loading) + len(self._staged)
+        return digest not in self._loading and in_flight < self._limits.max_num_seqs
 
     def _admit(self, seq: Sequence, step: _Step, now: float) -> bool:
         """Moves a sequence to the running set with all its blocks, or leaves everything as it was."""

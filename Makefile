@@ -1,0 +1,66 @@
+# Everything a person runs here. Needs make and Python 3.11 or newer with venv; the rest goes into .venv.
+
+PYTHON ?= python3
+# On Linux plain "torch" is the CUDA build, gigabytes that a CPU has no use for. So the CPU build, from
+# PyTorch's own index, goes in before anything else can ask for torch; what follows finds it there and
+# leaves it. For a GPU: make install TORCH_INDEX=https://download.pytorch.org/whl/cu130
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test check bench fmt clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: .venv/.dev ## make .venv with the server and the tools for development
+
+demo: .venv/.runtime ## serve the bundled model and tasks; DEMO_ONCE=1 exits after the samples
+	@exec $(BIN)/prefixd demo $(if $(DEMO_ONCE),--once) $(ARGS)
+
+serve: .venv/.runtime ## start the server; ARGS="--model DIR_OR_HUB_ID" for your own model
+	@exec $(BIN)/prefixd serve $(ARGS)
+
+test: .venv/.dev ## run the tests; ARGS="-k scheduler" for some of them
+	$(BIN)/pytest -q $(ARGS)
+
+check: .venv/.dev ## lint, format, types, import contracts: all that is quick and runs nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.dev ## measure prefixd against PEFT on this machine
+	$(BIN)/python benchmarks/peft_comparison.py $(ARGS)
+
+fmt: .venv/.dev ## fix what ruff can fix, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches; leaves build/, where trained weights may lie
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "prefixd needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "Python's venv module is missing. On Debian: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# Only torch itself, what it needs comes with the project. --retries 2: where a mirror or a folder of wheels
+# is set up, an index that can not be reached is soon passed by.
+.venv/.torch: | $(BIN)/python
+	$(PIP) install --no-deps --retries 2 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	@touch $@
+
+.venv/.runtime: .venv/.torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch .venv/.runtime $@

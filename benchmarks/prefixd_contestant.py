@@ -1,0 +1,163 @@
+"""prefixd as a contestant: the engine that the server runs, without the sockets.
+
+Model and prefixes take the way they take in production: a model directory through `bootstrap.build_engine`,
+artifacts through `PrefixStore.put`. Every call finds the device without a prefix and the host cache
+switched off, so each task's prefix is read from disk, verified and loaded while the clock runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import ByteSize
+
+from benchmarks.contest import Call
+from benchmarks.workload import Request, TaskPrefix
+from prefix_store.artifact import encode
+from prefix_store.spec import BaseModelRef, PrefixManifest
+from server.bootstrap import build_engine, prefix_ref
+from server.config import ServeConfig
+from server.engine.async_engine import RequestStream
+from server.types import (
+    GenerationRequest,
+    PrefixTier,
+    RequestStats,
+    SamplingParams,
+    StepStats,
+)
+
+
+class StepRecorder:
+    """An `EngineObserver` that keeps the figures of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepStats] = []
+
+    def on_step(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def on_request(self, stats: RequestStats) -> None:
+        """Requests are timed where their reader is, in `_follow`."""
+
+
+class Prefixd:
+    """All requests at once into `AsyncEngine`, each answer streamed token by token to its reader."""
+
+    name: Final = "prefixd"
+    description: Final = "all requests at once, prefixes from disk"
+
+    def __init__(
+        self,
+        model_dir: Path,
+        store_dir: Path,
+        prefixes: Iterable[TaskPrefix],
+        *,
+        kv_cache_bytes: int,
+    ) -> None:
+        config = ServeConfig(
+            model=str(model_dir),
+            device="cpu",
+            store=store_dir,
+            host_cache_bytes=ByteSize(0),
+            kv_cache_bytes=ByteSize(kv_cache_bytes),
+        )
+        self._recorder = StepRecorder()
+        self._serving = build_engine(config, self._recorder)
+        self._num_calls = 0
+        for prefix in prefixes:
+            self._upload(prefix)
+        self._loop = asyncio.Runner()
+        self._loop.run(self._serving.start())
+
+    def calls(self, requests: Sequence[Request]) -> list[tuple[Request, ...]]:
+        """One call: any number of tasks shares a step."""
+        return [tuple(requests)]
+
+    def serve(self, requests: tuple[Request, ...], output_len: int) -> Call:
+        """Evicts every prefix, then submits all requests and reads all streams to their ends."""
+        return self._loop.run(self._serve(requests, output_len))
+
+    def close(self) -> None:
+        self._loop.run(self._serving.stop())
+        self._loop.close()
+
+    def _upload(self, prefix: TaskPrefix) -> None:
+        base = self._serving.base
+        manifest = PrefixManifest(
+            num_virtual_tokens=prefix.keys[0].shape[0],
+            k_space="post_rope",
+            model_type=base.model_type,
+            base_model=BaseModelRef(fingerprint=base.fingerprint),
+        )
+        self._serving.store.put(prefix.task, encode(manifest, prefix.keys, prefix.values))
+
+    async def _serve(self, requests: tuple[Request, ...], output_len: int) -> Call:
+        engine = self._serving.engine
+        for task in sorted({request.task for request in requests}):
+            engine.evict(self._serving.store.resolve(task).digest)
+        self._recorder.steps.clear()
+        self._num_calls += 1
+        started = time.perf_counter()
+        streams = [engine.submit(self._request(r, output_len)) for r in requests]
+        answers = await asyncio.gather(*(_follow(stream, started) for stream in streams))
+        seconds = time.perf_counter() - started
+        _check_cold(requests, answers)
+        return Call(
+            requests=requests,
+            tokens=tuple(answer.tokens for answer in answers),
+            first_token_seconds=tuple(answer.first_token_seconds for answer in answers),
+            seconds=seconds,
+            decode_step_seconds=self._decode_steps(len(requests)),
+        )
+
+    def _request(self, request: Request, output_len: int) -> GenerationRequest:
+        """Resolved here, inside the timing, as the HTTP handler does for each request."""
+        return GenerationRequest(
+            request_id=f"{self._num_calls}-{request.index}",
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
+            prefix=prefix_ref(self._serving.store.resolve(request.task)),
+        )
+
+    def _decode_steps(self, num_rows: int) -> tuple[float, ...]:
+        return tuple(
+            step.duration_seconds
+            for step in self._recorder.steps
+            if step.num_decode_tokens == num_rows and step.num_prefill_tokens == 0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """`tier`: where the engine found the prefix when it first looked."""
+
+    tokens: tuple[int, ...]
+    first_token_seconds: float
+    tier: PrefixTier
+
+
+async def _follow(stream: RequestStream, started: float) -> _Answer:
+    """Reads a stream to its end."""
+    tokens: list[int] = []
+    first, tier = 0.0, PrefixTier.NONE
+    async for output in stream:
+        if output.error is not None:
+            raise RuntimeError(f"{output.request_id}: {output.error}")
+        if not tokens:
+            first, tier = time.perf_counter() - started, output.prefix_tier
+        tokens.extend(output.token_ids)
+    return _Answer(tuple(tokens), first, tier)
+
+
+def _check_cold(requests: Sequence[Request], answers: Sequence[_Answer]) -> None:
+    """The first request of every task must have had its prefix read from disk."""
+    first: dict[str, PrefixTier] = {}
+    for request, answer in zip(requests, answers, strict=True):
+        first.setdefault(request.task, answer.tier)
+    warm = sorted(task for task, tier in first.items() if tier is not PrefixTier.DISK)
+    assert not warm, f"these tasks began with their prefix in memory: {warm}"

@@ -1,0 +1,237 @@
+"""Figures as a table for people, one JSON object for programs, and a dated markdown file for the record.
+
+Knows nothing of who competes: the first contestant is ours, the others are its peers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import torch
+
+from benchmarks.contest import Agreement, Result, agreement
+from benchmarks.hardware_limits import HardwareLimits, ModelCost
+from benchmarks.workload import Workload
+
+_REPOSITORY: Final = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What ran it: enough to repeat the measurement."""
+
+    date: str
+    cpu: str
+    cores: int
+    threads: int
+    memory_gib: float
+    versions: Mapping[str, str]
+    commit: str
+
+    @classmethod
+    def describe(cls, packages: Sequence[str]) -> Machine:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return cls(
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            cpu=_cpu_name(),
+            cores=os.cpu_count() or 1,
+            threads=torch.get_num_threads(),
+            memory_gib=round(memory / 2**30, 1),
+            versions={"python": platform.python_version()} | {p: version(p) for p in packages},
+            commit=_commit(),
+        )
+
+
+def _cpu_name() -> str:
+    """The model name, with family and model: virtual machines often hide the rest."""
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def _commit() -> str:
+    """The commit, with a plus when files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished comparison. `results[0]` is ours."""
+
+    title: str
+    benchmark: str
+    command: str
+    model: str
+    machine: Machine
+    workload: Workload
+    cost: ModelCost
+    limits: HardwareLimits
+    results: Sequence[Result]
+
+    def step_limit(self, result: Result) -> float:
+        """The least time of this contestant's full decode step, halfway through the output.
+
+        A task's prefix counts once however many rows share it: more need not be read.
+        """
+        own = self.workload.prompt_len + self.workload.output_len / 2
+        prefix_tokens = result.tasks_per_step * self.workload.num_virtual_tokens
+        return self.cost.step_seconds(
+            self.limits,
+            num_rows=result.rows_per_step,
+            kv_tokens=result.rows_per_step * own + prefix_tokens,
+        )
+
+    def share_of_limit(self, result: Result) -> float:
+        return self.step_limit(result) / result.decode_step_seconds
+
+    def ratio(self, peer: Result) -> float:
+        """How many times our tokens per second are the peer's."""
+        return self.results[0].tokens_per_second / peer.tokens_per_second
+
+    def ratio_range(self, peer: Result) -> tuple[float, float]:
+        """The same of each round by itself: lowest and highest."""
+        pairs = zip(self.results[0].rounds, peer.rounds, strict=True)
+        ratios = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs]
+        return min(ratios), max(ratios)
+
+    def agreement(self, peer: Result) -> Agreement:
+        return agreement(self.results[0].tokens(), peer.tokens())
+
+    # ---- for people ----------------------------------------------------------------------------
+
+    def table(self) -> str:
+        """Markdown, padded so that it reads well in a terminal too."""
+        head = (
+            "contestant", "tokens/s", "(min to max)", "pass s", "measured", "TTFT p50 s", "TTFT p95 s",
+            "TTFT alone s", "rows", "ms/step", "limit ms", "of limit", "prefixd is",
+        )  # fmt: skip
+        rows = [head, *(self._row(result) for result in self.results)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = [
+            "| "
+            + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in cells)
+            + " |"
+            for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+        ]
+        rule = (
+            "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+        )
+        return "\n".join([lines[0], rule, *lines[1:]])
+
+    def _row(self, result: Result) -> tuple[str, ...]:
+        speeds = [r.tokens_per_second for r in result.rounds]
+        return (
+            result.name,
+            f"{result.tokens_per_second:.1f}",
+            f"{min(speeds):.1f} to {max(speeds):.1f}",
+            f"{result.pass_seconds:.1f}",
+            f"{result.share_measured:.0%}",
+            f"{result.ttft_median:.2f}",
+            f"{result.ttft_p95:.2f}",
+            f"{result.ttft_alone:.2f}",
+            str(result.rows_per_step),
+            f"{result.decode_step_seconds * 1000:.1f}",
+            f"{self.step_limit(result) * 1000:.1f}",
+            f"{self.share_of_limit(result):.0%}",
+            "" if result is self.results[0] else f"{self.ratio(result):.1f}x",
+        )
+
+    def notes(self) -> list[str]:
+        """What the table needs beside it."""
+        machine, limits, cost = self.machine, self.limits, self.cost
+        versions = ", ".join(f"{name} {v}" for name, v in machine.versions.items())
+        lines = [
+            f"machine: {machine.cpu}, {machine.cores} cores, {machine.threads} threads used, "
+            f"{machine.memory_gib} GiB",
+            f"versions: {versions}; prefixd at commit {machine.commit}",
+            f"model: {self.model}, {cost.num_params / 1e6:.1f} M parameters, random weights",
+            f"workload: {self.workload.describe()}; {len(self.results[0].rounds)} rounds, taken in turns",
+            f"limits measured in this run: read {limits.read_bytes_per_second / 1e9:.1f} GB/s, "
+            f"multiply {limits.flops_per_second / 1e9:.0f} GFLOP/s",
+        ]
+        for result in self.results:
+            loads = ", ".join(f"{r.load_average:.2f}" for r in result.rounds)
+            lines.append(
+                f"{result.name}: {result.description}; load average before rounds: {loads}"
+            )
+        for peer in self.results[1:]:
+            low, high = self.ratio_range(peer)
+            alike = self.agreement(peer)
+            lines.append(
+                f"prefixd / {peer.name}: {self.ratio(peer):.2f} ({low:.2f} to {high:.2f} by round); "
+                f"of {alike.num_requests} requests both served, {alike.identical_share:.0%} have the same "
+                f"tokens throughout, {alike.prefix_share:.0%} of the tokens come before a first difference"
+            )
+        return lines
+
+    def text(self) -> str:
+        return "\n".join([self.table(), "", *self.notes()])
+
+    def markdown(self) -> str:
+        """The report to keep: `benchmarks/README.md` says what it must contain."""
+        lines = [
+            f"# {self.title}",
+            "",
+            f"{self.machine.date}, `{self.command}`",
+            "",
+            self.table(),
+            "",
+        ]
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes()), ""])
+
+    # ---- for programs --------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, Any]:
+        """Everything, ready for JSON: seconds, bytes, shares of one."""
+        peers = self.results[1:]
+        return {
+            "benchmark": self.benchmark,
+            "command": self.command,
+            "machine": asdict(self.machine),
+            "model": self.model,
+            "workload": asdict(self.workload),
+            "cost": asdict(self.cost),
+            "limits": asdict(self.limits),
+            "contestants": {r.name: self._figures(r) for r in self.results},
+            "agreement": {r.name: asdict(self.agreement(r)) for r in peers},
+            "ratios": {f"vs_{r.name}": round(self.ratio(r), 3) for r in peers},
+            "ratio_ranges": {
+                f"vs_{r.name}": [round(x, 3) for x in self.ratio_range(r)] for r in peers
+            },
+        }
+
+    def _figures(self, result: Result) -> dict[str, Any]:
+        step = result.decode_step_seconds
+        return {
+            "tokens_per_second": result.tokens_per_second,
+            "tokens_per_second_by_round": [r.tokens_per_second for r in result.rounds],
+            "pass_seconds": result.pass_seconds,
+            "share_measured": result.share_measured,
+            "ttft_median_seconds": result.ttft_median,
+            "ttft_p95_seconds": result.ttft_p95,
+            "ttft_alone_seconds": result.ttft_alone,
+            "rows_per_step": result.rows_per_step,
+            "decode_step_seconds": None if math.isnan(step) else step,
+            "decode_step_limit_seconds": self.step_limit(result),
+            "share_of_limit": None if math.isnan(step) else self.share_of_limit(result),
+            "load_average_by_round": [r.load_average for r in result.rounds],
+            "load_average": median(r.load_average for r in result.rounds),
+        }

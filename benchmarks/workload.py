@@ -1,0 +1,178 @@
+"""What every contestant is given: the model, the tasks' prefixes, the requests. All of it made from a seed.
+
+Nothing is downloaded. The model has the shape of a published one and random weights, which changes no time:
+a multiplication takes as long whatever the numbers are. It is written to a directory, so that everybody
+loads it as a user would.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`num_tasks` tasks with `requests_per_task` requests each, all of which arrive at once."""
+
+    num_tasks: int
+    requests_per_task: int
+    num_virtual_tokens: int
+    prompt_len: int
+    output_len: int
+    seed: int = 0
+
+    @property
+    def num_requests(self) -> int:
+        return self.num_tasks * self.requests_per_task
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_requests * self.output_len
+
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(f"task-{i}" for i in range(self.num_tasks))
+
+    def requests(self, vocab_size: int) -> tuple[Request, ...]:
+        """In order of arrival: the tasks take turns, as users of a shared server would."""
+        draw = random.Random(self.seed)
+        tasks = self.tasks()
+        return tuple(
+            Request(
+                index=i,
+                task=tasks[i % len(tasks)],
+                prompt_token_ids=tuple(draw.randrange(vocab_size) for _ in range(self.prompt_len)),
+            )
+            for i in range(self.num_requests)
+        )
+
+    def describe(self) -> str:
+        return (
+            f"{self.num_tasks} tasks x {self.requests_per_task} requests at t=0, "
+            f"prefix {self.num_virtual_tokens}, {self.prompt_len} prompt + {self.output_len} output "
+            "tokens, greedy, end of text ignored"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for one task."""
+
+    index: int
+    task: str
+    prompt_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPrefix:
+    """A task's learned K/V, here random: per layer [P, H_kv, D], in the model's dtype."""
+
+    task: str
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A model shape with a workload for it; `kv_cache_bytes` is prefixd's pool, ample for the workload."""
+
+    name: str
+    config: dict[str, Any]
+    workload: Workload
+    kv_cache_bytes: int
+
+
+_QWEN2: Final[dict[str, Any]] = {
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "bos_token_id": None,
+    "eos_token_id": None,  # nobody stops early, and nobody pays for a processor that forbids it
+    "pad_token_id": None,
+    "use_sliding_window": False,
+}
+
+SCALES: Final = {
+    "0.5b": Scale(
+        name="Qwen2.5-0.5B shape",
+        config=_QWEN2
+        | {
+            "vocab_size": 151_936,
+            "hidden_size": 896,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32_768,
+        },
+        workload=Workload(
+            num_tasks=8, requests_per_task=4, num_virtual_tokens=32, prompt_len=64, output_len=64
+        ),
+        kv_cache_bytes=2**29,
+    ),
+    "tiny": Scale(
+        name="tiny Qwen2 shape",
+        config=_QWEN2
+        | {
+            "vocab_size": 512,
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 80,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.12,  # at 0.02 such a small model repeats its last token for ever
+        },
+        workload=Workload(
+            num_tasks=3, requests_per_task=2, num_virtual_tokens=7, prompt_len=9, output_len=12
+        ),
+        kv_cache_bytes=2**21,
+    ),
+}
+
+
+def write_model(directory: Path, scale: Scale, dtype: torch.dtype, seed: int = 0) -> None:
+    """Writes a random-weight model and a tokenizer of its vocabulary, as `--model DIR` takes them."""
+    config = AutoConfig.for_model("qwen2", **scale.config)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(str(directory))
+    make_tokenizer(scale.config["vocab_size"]).save_pretrained(str(directory))
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose every id has a text, so that detokenizing costs what it costs in earnest."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = (f"{'aeiou'[i % 5]}{i:x}" for i in range(vocab_size))
+    vocab = {token: i for i, token in zip(range(vocab_size), [*alphabet, *words], strict=False)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def make_prefixes(scale: Scale, dtype: torch.dtype) -> tuple[TaskPrefix, ...]:
+    """One random prefix per task."""
+    config = scale.config
+    heads = config["num_key_value_heads"]
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    shape = (scale.workload.num_virtual_tokens, heads, head_dim)
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.randn(shape, generator=generator).to(dtype)
+            for _ in range(config["num_hidden_layers"])
+        )
+
+    prefixes = []
+    for number, task in enumerate(scale.workload.tasks()):
+        generator = torch.Generator().manual_seed(1000 + number)
+        prefixes.append(TaskPrefix(task, keys=draw(generator), values=draw(generator)))
+    return tuple(prefixes)

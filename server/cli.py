@@ -1,0 +1,289 @@
+"""The command line: parse, configure, hand over. Runs on the main thread.
+
+    prefixd serve | demo | generate | config show | version      here
+    prefixd tasks push | list | show | rm                        in `server.cli_tasks`
+
+Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeAlias
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import SecretStr
+
+from prefix_store.errors import PrefixStoreError
+from server import __version__
+from server.cli_tasks import tasks_app
+from server.config import ServeConfig, check_exposure
+from server.errors import ConfigError, GenerationFailed, PrefixdError
+from server.log import set_up_logging
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from types import FrameType
+
+    import uvicorn
+
+    from prefix_store.spec import PrefixVersion
+    from server.bootstrap import Application, ServingEngine
+    from server.types import SamplingParams
+
+USAGE_ERROR: Final = 2
+INTERRUPTED: Final = 130
+KEEP_ALIVE_SECONDS: Final = (
+    75  # longer than a client's pool keeps its side open, or requests get lost
+)
+DRAIN_SECONDS: Final = 30
+_HIDDEN: Final = "********"
+
+app = App(
+    name="prefixd",
+    help="Serve many prefix-tuned tasks from one resident language model.",
+    version=__version__,
+)
+config_app = App(name="config", help="Look at the configuration.")
+app.command(tasks_app)
+app.command(config_app)
+
+
+def main() -> NoReturn:
+    """The console script. Exit codes: 1 what was asked for failed, 2 it was asked for wrongly."""
+    try:
+        app(exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")
+    except CycloptsError:  # already shown
+        sys.exit(USAGE_ERROR)
+    except ConfigError as error:
+        _show_error(error)
+        sys.exit(USAGE_ERROR)
+    except (PrefixdError, PrefixStoreError) as error:
+        _show_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
+
+
+def _show_error(error: Exception) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    box = Panel(Text(str(error)), title="Error", title_align="left", style="red")
+    Console(stderr=True).print(box)
+
+
+@app.command
+def version() -> str:
+    """Print the version."""
+    return f"prefixd {__version__}"
+
+
+@config_app.command
+def show(*, config: ServeConfig | None = None) -> str:
+    """Print every setting, its value, and where that came from."""
+    config = config or ServeConfig()
+    rows = []
+    for name in ServeConfig.model_fields:
+        value = getattr(config, name)
+        shown = _HIDDEN if isinstance(value, SecretStr) else _plain(value)
+        rows.append((name, shown, config.origins.get(name, "default")))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{n:<{widths[0]}}  {v:<{widths[1]}}  {o}" for n, v, o in rows)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(value) or "-" if isinstance(value, tuple) else str(value)
+
+
+# ---- serve -------------------------------------------------------------------------------------
+
+
+@app.command
+def serve(*, config: ServeConfig | None = None) -> int:
+    """Load the model and serve until SIGTERM or Ctrl-C."""
+    config = config or ServeConfig()
+    set_up_logging(config.log_level, config.log_format)
+    return _serve(config, _print_banner)
+
+
+@app.command(name="demo")
+def run_demo(
+    *,
+    once: Annotated[
+        bool, Parameter(negative=(), help="Stop after the samples; 0 if they came out")
+    ] = False,
+    config: ServeConfig | None = None,
+) -> int:
+    """Serve the bundled model and show a sample of each of its tasks."""
+    config = config or ServeConfig()
+    if config.model is not None:
+        raise ConfigError("prefixd demo serves the bundled model; for your own: prefixd serve")
+    set_up_logging(_level(config, "warning"), config.log_format)
+    came_out: list[bool] = []
+
+    async def on_started(application: Application, server: uvicorn.Server, url: str) -> None:
+        from server.cli_demo import show_samples
+
+        await _print_banner(application, server, url)
+        came_out.append(await show_samples(url, application.serving.config.api_key))
+        if once:
+            server.should_exit = True
+        else:
+            print("\nServing until Ctrl-C.", flush=True)
+
+    status = _serve(config, on_started)
+    return status if all(came_out) and came_out else 1
+
+
+OnStarted: TypeAlias = "Callable[[Application, uvicorn.Server, str], Coroutine[None, None, None]]"
+
+
+async def _print_banner(application: Application, _: uvicorn.Server, url: str) -> None:
+    from server.banner import start_up_summary
+
+    print(start_up_summary(application, url), flush=True)
+
+
+def _serve(config: ServeConfig, on_started: OnStarted) -> int:
+    """Runs the server; `on_started` runs beside it as soon as it answers."""
+    check_exposure(config)
+    # Before the model is loaded: a taken port should not cost a load.
+    with _bind(config.host, config.port) as listener:
+        from server import bootstrap
+
+        application = bootstrap.build(config)
+        server = _make_server(application, on_started, _url(config.host, listener))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # uvicorn drains, then raises the signal again for whoever was there before it.
+            signal.signal(number, _already_handled)
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _level(config: ServeConfig, otherwise: str) -> str:
+    """The log level that was asked for, or a quieter one than the server's for commands that print."""
+    return config.log_level if "log_level" in config.origins else otherwise
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: until the server is up, connections are refused."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"can not listen on {host} port {port}: {error.strerror}") from None
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def _already_handled(_: int, __: FrameType | None) -> None:
+    """The server has drained on this signal; there is nothing left to do."""
+
+
+def _make_server(application: Application, on_started: OnStarted, url: str) -> uvicorn.Server:
+    """uvicorn in one process, telling when it is up and, to the probes, when it goes down."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                self.greeting = asyncio.create_task(on_started(application, self, url))
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            application.app.state.lifecycle.draining = True
+            super().handle_exit(sig, frame)
+
+    return Server(
+        uvicorn.Config(
+            application.app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
+
+
+# ---- generate ----------------------------------------------------------------------------------
+
+
+@app.command
+def generate(
+    prompt: str,
+    *,
+    task: Annotated[
+        str | None, Parameter(help="Task, or task@v3; the base model if left out")
+    ] = None,
+    max_tokens: Annotated[int | None, Parameter(help="The task's default if left out")] = None,
+    temperature: Annotated[float | None, Parameter(help="The task's default if left out")] = None,
+    config: ServeConfig | None = None,
+) -> None:
+    """Continue PROMPT once, without a server."""
+    config = config or ServeConfig()
+    set_up_logging(_level(config, "warning"), config.log_format)
+    from server import bootstrap
+    from server.metrics import Metrics
+
+    serving = bootstrap.build_engine(config, Metrics())
+    asyncio.run(_generate(serving, prompt, task, max_tokens, temperature))
+
+
+async def _generate(
+    serving: ServingEngine,
+    prompt: str,
+    task: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+) -> None:
+    from server.bootstrap import prefix_ref
+    from server.types import GenerationRequest
+
+    found = serving.store.resolve(task) if task else None
+    await serving.start()
+    try:
+        request = GenerationRequest(
+            request_id="cli",
+            prompt_token_ids=await serving.engine.tokenize(prompt),
+            sampling=_sampling(found, max_tokens, temperature),
+            prefix=prefix_ref(found) if found else None,
+        )
+        async for output in serving.engine.submit(request):
+            print(output.text, end="", flush=True)
+            if output.error is not None:
+                raise GenerationFailed(output.error)
+        print()
+    finally:
+        await serving.stop()
+
+
+def _sampling(
+    version: PrefixVersion | None, max_tokens: int | None, temperature: float | None
+) -> SamplingParams:
+    """The flags, over the task's defaults, over ours."""
+    from server.types import SamplingParams
+
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    values = {} if version is None else version.manifest.generation.model_dump(exclude_none=True)
+    values |= {name: value for name, value in given.items() if value is not None}
+    return SamplingParams(**values)

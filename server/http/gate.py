@@ -1,0 +1,123 @@
+"""The outermost layer of the app: path, request id, key, the last catch, the record of what was answered.
+
+Plain ASGI, on the event loop. Nothing that comes from a client chooses an id or a metric label.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import PrefixdError
+from server.http.auth import authorise
+from server.http.error_responses import error_response
+from server.http.errors import NoSuchRoute
+from server.http.routes import SCOPES, template_of
+from server.http.routes import Scope as AccessScope
+from server.http.services import Services
+
+logger = logging.getLogger(__name__)
+
+_SLASHES: Final = re.compile(r"/{2,}")
+_METHODS: Final = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
+_MAX_CLIENT_ID: Final = 128
+
+
+class Gate:
+    """Wraps the app; see the module's text."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._http(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.monotonic()
+        # Before anything looks at it: the rule must judge the path that the router will see.
+        path = normalised(scope["path"])
+        request_id = uuid.uuid4().hex
+        scope = {**scope, "path": path, "prefixd.request_id": request_id}
+        template = template_of(path)
+        answer = _Answer(send, request_id, Headers(scope=scope))
+        try:
+            await self._admit(scope, template)
+            await self._app(scope, receive, answer.send)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not leave as plain text
+            await self._fail(error, scope, receive, answer)
+        finally:
+            seconds = time.monotonic() - started
+            self._record(scope, template, answer.status, seconds)
+
+    async def _admit(self, scope: Scope, template: str | None) -> None:
+        if template is None:
+            raise NoSuchRoute(f"nothing is served at {scope['path'][:200]}")
+        authorise(self._services, SCOPES[template], Headers(scope=scope))
+
+    async def _fail(
+        self, error: Exception, scope: Scope, receive: Receive, answer: _Answer
+    ) -> None:
+        request_id = scope["prefixd.request_id"]
+        if not isinstance(error, PrefixdError):
+            logger.error("request %s failed", request_id, exc_info=error)
+        if answer.status is None:
+            response = error_response(error, scope["path"], request_id)
+            await response(scope, receive, answer.send)
+
+    def _record(
+        self, scope: Scope, template: str | None, status: int | None, seconds: float
+    ) -> None:
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        shown = status or 499  # no answer was begun: the client had gone
+        self._services.metrics.http_request(method, template or "unmatched", shown, seconds)
+        probe = template is not None and SCOPES[template] is AccessScope.PUBLIC
+        logger.log(
+            logging.DEBUG if probe or template == "/metrics" else logging.INFO,
+            "%s %s %d in %.1f ms",
+            method,
+            template or "unmatched",
+            shown,
+            seconds * 1e3,
+            extra={"request_id": scope["prefixd.request_id"]},
+        )
+
+
+class _Answer:
+    """Puts our headers on the answer, and remembers its status."""
+
+    def __init__(self, send: Send, request_id: str, request_headers: Headers) -> None:
+        self._send = send
+        self._ids = {"x-request-id": request_id}
+        echoed = client_id(request_headers.get("x-request-id", ""))
+        if echoed:
+            self._ids["x-client-request-id"] = echoed
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        """ASGI's `send`."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message).update(self._ids)
+        await self._send(message)
+
+
+def normalised(path: str) -> str:
+    """`//v1//models/` -> `/v1/models`: clients join base URLs carelessly, and redirects lose POST bodies."""
+    return _SLASHES.sub("/", path).rstrip("/") or "/"
+
+
+def client_id(text: str) -> str:
+    """A client's own id, fit to be echoed: printable ASCII, not longer than a reasonable id."""
+    return "".join(char for char in text[:_MAX_CLIENT_ID] if " " < char <= "~")

@@ -1,0 +1,171 @@
+"""One HTTP request under way: its prompts are in the engine, its choices come back here.
+
+Runs on the event loop; used by `completions` and `generate`, which only differ in the words of the answer.
+Whoever starts a `Generation` must `aclose` it: that is what frees the engine when a client leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from server.errors import ContextTooLong, EngineOverloaded, EngineStopped, GenerationFailed
+from server.http.schemas import SamplingFields
+from server.http.services import OutputStream, Services
+from server.http.targets import Target, sampling_params
+from server.types import FinishReason, GenerationRequest, PrefixTier, RequestOutput, RequestTimings
+
+_REJECTIONS: Final[dict[type[Exception], str]] = {
+    EngineOverloaded: "queue_full",
+    EngineStopped: "stopped",
+    ContextTooLong: "too_long",
+}
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one choice has gained so far."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    num_output_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def take(self, output: RequestOutput) -> None:
+        """Adds an increment."""
+        self.text += output.text
+        self.token_ids.extend(output.token_ids)
+        self.num_output_tokens = output.num_output_tokens
+        if output.finish_reason is not None:
+            self.finish_reason = output.finish_reason.value
+            self.stop_reason = output.stop_reason
+
+
+class Generation:
+    """The streams of all prompts, read as one. Choice `i` of prompt `p` has the index `p * n + i`."""
+
+    def __init__(
+        self, target: Target, streams: Sequence[OutputStream], n: int, num_prompt_tokens: int
+    ) -> None:
+        self.target = target
+        self.num_prompt_tokens = num_prompt_tokens
+        self.choices = [Choice(index) for index in range(len(streams) * n)]
+        self.timings = RequestTimings()
+        self.prefix_tier = PrefixTier.NONE
+        self._streams = streams
+        self._n = n
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all choices so far."""
+        return sum(choice.num_output_tokens for choice in self.choices)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    async def outputs(self) -> AsyncGenerator[tuple[Choice, RequestOutput], None]:
+        """Each increment, with the choice that has taken it. Raises `GenerationFailed`, `EngineStopped`."""
+        waiting = {
+            asyncio.ensure_future(_next(stream)): number
+            for number, stream in enumerate(self._streams)
+        }
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for future in done:
+                    number = waiting.pop(future)
+                    output = future.result()
+                    if output is None:
+                        continue
+                    waiting[asyncio.ensure_future(_next(self._streams[number]))] = number
+                    yield self._take(number, output), output
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    async def collect(self) -> list[Choice]:
+        """Waits for all choices. Raises as `outputs` does."""
+        async for _ in self.outputs():
+            pass
+        return self.choices
+
+    async def aclose(self) -> None:
+        """Aborts what still runs. Harmless when nothing does."""
+        for stream in self._streams:
+            await stream.aclose()
+
+    def _take(self, number: int, output: RequestOutput) -> Choice:
+        if output.finish_reason is FinishReason.ERROR:
+            raise GenerationFailed(output.error or "the request failed while it ran")
+        if output.finish_reason is FinishReason.ABORT:
+            raise EngineStopped("the request was ended by the server; try again")
+        choice = self.choices[number * self._n + output.index]
+        choice.take(output)
+        self.timings = output.timings
+        self.prefix_tier = output.prefix_tier
+        return choice
+
+
+async def _next(stream: OutputStream) -> RequestOutput | None:
+    try:
+        return await stream.__anext__()
+    except StopAsyncIteration:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What `start_generation` needs of a request, in the words of no particular API."""
+
+    request_id: str
+    endpoint: str
+    target: Target
+    fields: SamplingFields
+    prompts: Sequence[str | tuple[int, ...]]
+
+
+async def start_generation(services: Services, start: Start) -> Generation:
+    """Submits every prompt, or none. Raises what `sampling_params` and `Engine.submit` raise."""
+    prompts = [
+        await services.engine.tokenize(prompt) if isinstance(prompt, str) else prompt
+        for prompt in start.prompts
+    ]
+    longest = max(len(prompt) for prompt in prompts)
+    room = services.engine.max_model_len - start.target.num_virtual_tokens - longest
+    params = sampling_params(start.fields, start.target, room)
+    requests = [
+        GenerationRequest(
+            request_id=f"{start.request_id}-{number}",
+            prompt_token_ids=prompt,
+            sampling=params,
+            prefix=start.target.prefix,
+            endpoint=start.endpoint,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    streams = await _submit_all(services, requests)
+    return Generation(start.target, streams, params.n, sum(map(len, prompts)))
+
+
+async def _submit_all(
+    services: Services, requests: Sequence[GenerationRequest]
+) -> list[OutputStream]:
+    streams: list[OutputStream] = []
+    try:
+        for request in requests:
+            streams.append(services.engine.submit(request))  # noqa: PERF401 - a refusal needs those so far
+    except Exception as error:
+        for stream in streams:
+            await stream.aclose()
+        reason = _REJECTIONS.get(type(error))
+        if reason is not None:
+            task = requests[0].prefix.task if requests[0].prefix else ""
+            services.metrics.rejected(reason, task, requests[0].endpoint)
+        raise
+    return streams

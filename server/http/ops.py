@@ -1,0 +1,67 @@
+"""Probes and metrics. Runs on the event loop, except for the rendering of metrics.
+
+`/healthz` says whether a restart would help, `/readyz` whether requests should come here. Both give reasons.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.http.json_text import json_response
+from server.http.services import Services, lifecycle_of, services_of
+
+STALE_SECONDS: Final = 30.0
+"""An engine that has not come round for this long hangs; no step takes so long."""
+
+
+async def healthz(request: Request) -> Response:
+    """200 while the engine thread lives and moves."""
+    services = services_of(request)
+    return _probe(_engine_faults(services), services)
+
+
+async def readyz(request: Request) -> Response:
+    """200 while new requests are welcome."""
+    services, lifecycle = services_of(request), lifecycle_of(request)
+    reasons = _engine_faults(services)
+    if lifecycle.draining:
+        reasons.append("the server is shutting down")
+    elif not lifecycle.ready:
+        reasons.append("the server is starting")
+    return _probe(reasons, services)
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus or OpenMetrics text."""
+    accept = request.headers.get("accept", "")[:1024]
+    body, content_type = await run_in_threadpool(_render, services_of(request), accept)
+    return Response(body, headers={"content-type": content_type})
+
+
+def _render(services: Services, accept: str) -> tuple[bytes, str]:
+    return services.metrics.render(accept, services.store.stats())
+
+
+def _engine_faults(services: Services) -> list[str]:
+    status = services.engine.status()
+    if not status.alive:
+        return ["the engine thread does not run"]
+    if status.heartbeat_age_seconds > STALE_SECONDS:
+        return [f"the engine has not moved for {status.heartbeat_age_seconds:.0f} seconds"]
+    return []
+
+
+def _probe(reasons: list[str], services: Services) -> Response:
+    status = services.engine.status()
+    answer = {
+        "status": "unavailable" if reasons else "ok",
+        "reasons": reasons,
+        "requests_running": status.num_running,
+        "requests_waiting": status.num_waiting,
+        "version": services.version,
+    }
+    return json_response(answer, 503 if reasons else 200)

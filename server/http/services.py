@@ -1,0 +1,90 @@
+"""What the HTTP layer needs of the rest, in one frozen object; made by `server.bootstrap`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.requests import Request
+
+from prefix_store.store import PrefixStore
+from server.metrics import Metrics
+from server.types import GenerationRequest, RequestOutput
+
+
+class OutputStream(Protocol):
+    """`server.engine.async_engine.RequestStream`: the increments of one request."""
+
+    async def __anext__(self) -> RequestOutput: ...
+
+    async def aclose(self) -> None: ...
+
+
+class EngineHealth(Protocol):
+    """`server.engine.async_engine.EngineStatus`."""
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def heartbeat_age_seconds(self) -> float: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+
+
+class Engine(Protocol):
+    """`server.engine.async_engine.AsyncEngine`, without the model libraries that it imports."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    async def tokenize(self, prompt: str) -> tuple[int, ...]: ...
+
+    def submit(self, request: GenerationRequest) -> OutputStream: ...
+
+    def evict(self, digest: str) -> None: ...
+
+    def status(self) -> EngineHealth: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """`admin_key` None closes the admin API; `api_key` None opens inference to everyone."""
+
+    engine: Engine
+    store: PrefixStore
+    metrics: Metrics
+    model_id: str
+    base_fingerprint: str
+    version: str
+    admin_key: str | None = None
+    api_key: str | None = None
+    max_body_bytes: int = 2**20
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Whether requests should be sent here: the one thing about the app that changes."""
+
+    ready: bool = False
+    draining: bool = False
+
+
+def services_of(request: Request) -> Services:
+    """The services of the app that got this request."""
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+def lifecycle_of(request: Request) -> Lifecycle:
+    """The lifecycle of the app that got this request."""
+    lifecycle = request.app.state.lifecycle
+    assert isinstance(lifecycle, Lifecycle)
+    return lifecycle
+
+
+def request_id_of(request: Request) -> str:
+    """Our id of this request, given by `server.http.gate`."""
+    return str(request.scope["prefixd.request_id"])

@@ -1,0 +1,113 @@
+"""From the name in a request to the prefix that answers it, and to the sampling values that apply.
+
+Runs on the event loop: the catalog is in memory. Called by `server.http.generation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from prefix_store.errors import InvalidTaskName, UnknownTask, UnknownVersion
+from prefix_store.spec import GenerationDefaults, PrefixVersion
+from server.errors import InvalidParameter, ModelNotFound
+from server.http.schemas import SamplingFields
+from server.http.services import Services
+from server.types import PrefixRef, SamplingParams
+
+_OUR_MAX_TOKENS: Final = SamplingParams().max_tokens
+_SAMPLING_NAMES: Final = tuple(
+    name
+    for name in SamplingFields.model_fields
+    if name not in ("stream", "return_token_ids", "stop", "stop_token_ids", "max_tokens")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request runs on. `version` None: the bare base model."""
+
+    name: str
+    version: PrefixVersion | None
+
+    @property
+    def prefix(self) -> PrefixRef | None:
+        """The prefix as the engine names it."""
+        if self.version is None:
+            return None
+        manifest = self.version.manifest
+        return PrefixRef(
+            task=self.version.task,
+            version=self.version.version,
+            digest=self.version.digest,
+            num_virtual_tokens=manifest.num_virtual_tokens,
+            first_position=manifest.first_position,
+        )
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Length of the prefix; 0 without one."""
+        return 0 if self.version is None else self.version.manifest.num_virtual_tokens
+
+    def described(self) -> dict[str, Any]:
+        """The `prefixd` object of an answer."""
+        if self.version is None:
+            return {"task": None, "version": None, "digest": None}
+        version = self.version
+        return {"task": version.task, "version": version.version, "digest": version.digest}
+
+    def headers(self) -> dict[str, str]:
+        """`x-prefixd-*`; none for the base model."""
+        if self.version is None:
+            return {}
+        return {f"x-prefixd-{key}": str(value) for key, value in self.described().items()}
+
+
+def find_target(services: Services, name: str | None, param: str) -> Target:
+    """What `task`, `task@v3` or the base model's id names. Raises `InvalidParameter`, `ModelNotFound`.
+
+    `param`: the field that held the name. There is no fallback to the base model: a client that forgot
+    the field would get fluent answers of the wrong task.
+    """
+    if not name:
+        raise InvalidParameter(
+            f"{param}: required; name a task, or {services.model_id!r} for the base model",
+            param=param,
+        )
+    if name == services.model_id:
+        return Target(name, None)
+    try:
+        return Target(name, services.store.resolve(name))
+    except UnknownVersion as error:
+        raise ModelNotFound(str(error), param=param) from None
+    except (UnknownTask, InvalidTaskName):
+        raise ModelNotFound(_not_found(services, name), param=param) from None
+
+
+def _not_found(services: Services, name: str) -> str:
+    shown = name if len(name) <= 80 else name[:77] + "..."
+    close = services.store.similar(name.partition("@")[0])[:5]
+    hint = f"; close names: {', '.join(close)}" if close else ""
+    return f"there is no task {shown!r}{hint}"
+
+
+def sampling_params(fields: SamplingFields, target: Target, room: int) -> SamplingParams:
+    """The request's values over the task's defaults over ours. Raises `InvalidParameter`.
+
+    `room`: tokens that still fit; a default of `max_tokens` is cut to it, an explicit one is not.
+    """
+    defaults = target.version.manifest.generation if target.version else GenerationDefaults()
+    values: dict[str, Any] = {}
+    for name in _SAMPLING_NAMES:
+        value = getattr(fields, name)
+        value = getattr(defaults, name, None) if value is None else value
+        if value is not None:
+            values[name] = value
+    stop = list(defaults.stop) if fields.stop is None else fields.stop
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["stop_token_ids"] = tuple(fields.stop_token_ids or ())
+    if fields.max_tokens is not None:
+        values["max_tokens"] = fields.max_tokens
+    else:
+        values["max_tokens"] = max(min(defaults.max_tokens or _OUR_MAX_TOKENS, room), 1)
+    return SamplingParams(**values)

@@ -1,0 +1,232 @@
+"""What was acknowledged stays, what failed leaves nothing: kills, failing system calls, damage on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from subprocess import PIPE
+from typing import IO, Any
+
+import pytest
+
+from prefix_store.backends import durable_files, filesystem
+from prefix_store.backends.filesystem import FilesystemBackend
+from prefix_store.catalog import Catalog
+from prefix_store.errors import (
+    PrefixStoreError,
+    PrefixUnavailable,
+    StoreFailed,
+    StoreFull,
+)
+from prefix_store.spec import digest_of
+from prefix_store.store import PrefixStore
+from tests.prefix_store.builders import TINY_BASE, make_artifact
+
+KILL_CYCLES = 40
+
+
+def open_store(root: Path) -> PrefixStore:
+    return PrefixStore.open(root, TINY_BASE, host_cache_bytes=0)
+
+
+def listing(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def blob_path(root: Path, digest: str) -> Path:
+    name = digest.removeprefix("sha256:")
+    return root / "blobs" / name[:2] / name
+
+
+def test_a_killed_process_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+    acknowledged: list[str] = []
+    rng = random.Random(7)
+    command = [sys.executable, "-m", "tests.prefix_store.killed_writer", str(tmp_path)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, bufsize=1) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        for _ in range(KILL_CYCLES):
+            writer.stdin.write("go\n")
+            acknowledged += one_cycle(writer.stdout, rng)
+            check_all_there(tmp_path, acknowledged)
+        writer.stdin.close()
+    assert len(acknowledged) >= KILL_CYCLES
+
+
+def one_cycle(lines: IO[str], rng: random.Random) -> list[str]:
+    """What one writer acknowledged until it was killed, somewhere inside of a later commit."""
+    acknowledged: list[str] = []
+    pid, wanted = 0, rng.randrange(1, 5)
+    for line in lines:
+        word, _, rest = line.strip().partition(" ")
+        match word:
+            case "started":
+                pid = int(rest)
+            case "acknowledged":
+                acknowledged.append(rest)
+            case "ended":
+                return acknowledged
+        if pid and len(acknowledged) == wanted:
+            time.sleep(rng.random() * 0.01)
+            os.kill(pid, signal.SIGKILL)
+    raise AssertionError("the writer stopped by itself")
+
+
+def check_all_there(root: Path, acknowledged: list[str]) -> None:
+    backend = FilesystemBackend(root)
+    catalog = Catalog(backend)
+    found = {version.version: version.digest for version in catalog.task("task").versions}
+    for line in acknowledged:
+        number, digest = line.split()
+        assert found[int(number)] == digest
+        assert digest_of(backend.read_blob(digest)) == digest
+    assert sorted(found) == list(range(1, len(found) + 1))
+    assert list((root / "tmp").iterdir()) == []
+    backend.close()
+
+
+CALLS = {"open", "write", "fsync", "link", "mkdir", "preadv", "close", "unlink", "fstat"}
+
+
+class FaultyOs:
+    """Stands in for `os`; the call number `fail_at` fails. A failing `close` closes all the same."""
+
+    def __init__(self, fail_at: int, code: int) -> None:
+        self._fail_at = fail_at
+        self._code = code
+        self.num_calls = 0
+        self.failed: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in CALLS:
+            return real
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.num_calls += 1
+            if self.num_calls != self._fail_at:
+                return real(*args, **kwargs)
+            self.failed = name
+            if name == "close":
+                real(*args, **kwargs)
+            raise OSError(self._code, "injected", "/a/secret/path")
+
+        return call
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, StoreFull), (errno.EIO, StoreFailed)])
+@pytest.mark.parametrize("act", ["publish", "first publish", "delete"])
+def test_each_system_call_of_a_commit_may_fail_and_changes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    act: str,
+    code: int,
+    kind: type[PrefixStoreError],
+) -> None:
+    # A blob that is there already and can not be read is replaced by the new bytes: no failure.
+    reading = {"open", "fstat", "preadv"} if act == "first publish" else set()
+    failed_calls = set()
+    for fail_at in range(1, 1000):
+        root = tmp_path / str(fail_at)
+        store = open_store(root)
+        before = store.put("task", make_artifact(seed=1)).version
+        logs = listing(root / "log")
+        faulty = FaultyOs(fail_at, code)
+        with monkeypatch.context() as patch:
+            patch.setattr(durable_files, "os", faulty)
+            patch.setattr(filesystem, "os", faulty)
+            error = run(store, act)
+        if faulty.failed is None:
+            assert error is None
+            store.close()
+            break
+        failed_calls.add(faulty.failed)
+        if error is None:  # the call was only cleaning up
+            assert faulty.failed in {"close", "unlink"} | reading
+        else:
+            assert type(error) is kind
+            assert "secret" not in str(error)
+            assert store.resolve("task") == before
+            assert [info.name for info in store.tasks()] == ["task"]
+            assert listing(root / "log") == logs
+            assert faulty.failed == "unlink" or listing(root / "tmp") == []
+        expected = store.tasks()
+        store.close()
+        store = open_store(root)
+        assert store.tasks() == expected
+        assert listing(root / "tmp") == []
+        assert store.stats().disk_entries == len(store.tasks()[0].versions if expected else ())
+        assert error is None or run(store, act) is None
+        store.close()
+    assert failed_calls >= ({"open", "fsync", "link", "write", "close", "unlink"})
+    assert fail_at > 10
+
+
+def run(store: PrefixStore, act: str) -> PrefixStoreError | None:
+    try:
+        match act:
+            case "publish":
+                store.put("task", make_artifact(seed=2))
+            case "first publish":
+                store.put("other", make_artifact(seed=1))
+            case "delete":
+                store.delete("task")
+    except PrefixStoreError as error:
+        return error
+    return None
+
+
+def test_any_damage_to_a_stored_blob_is_noticed_before_its_use(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    data = make_artifact()
+    digest = store.put("task", data).version.digest
+    path = blob_path(tmp_path, digest)
+    rng = random.Random(3)
+    for _ in range(200):
+        damaged = bytearray(data)
+        if rng.random() < 0.7:
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif rng.random() < 0.7:
+            del damaged[rng.randrange(len(data)) :]
+        else:
+            damaged += b"x"
+        path.write_bytes(damaged)
+        with pytest.raises(PrefixUnavailable, match="damaged"):
+            store.load(digest)
+    path.unlink()
+    with pytest.raises(PrefixUnavailable) as caught:
+        store.load(digest)
+    assert str(tmp_path) not in str(caught.value)
+    store.put("task", data)
+    assert store.load(digest).prefix.digest == digest
+    store.close()
+
+
+def test_a_damaged_log_keeps_every_blob_for_its_repair(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for name in ("broken", "gone"):
+        store.put(name, make_artifact(seed=len(name)))
+    store.delete("gone")
+    store.close()
+    (log,) = (path for path in (tmp_path / "log").iterdir() if len(list(path.iterdir())) == 1)
+    (record,) = log.iterdir()
+    intact = record.read_bytes()
+
+    record.write_bytes(intact[:-1])
+    store = open_store(tmp_path)
+    with pytest.raises(PrefixUnavailable):
+        store.resolve("broken")
+    assert store.stats().disk_entries == 2
+    store.close()
+
+    record.write_bytes(intact)
+    store = open_store(tmp_path)
+    assert store.load(store.resolve("broken").digest)
+    assert store.stats().disk_entries == 1
+    store.close()

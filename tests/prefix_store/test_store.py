@@ -1,0 +1,349 @@
+"""`PrefixStore` as its users see it, over both backends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefix_store.artifact import encode
+from prefix_store.errors import (
+    ArtifactTooLarge,
+    DigestMismatch,
+    IncompatiblePrefix,
+    InvalidTaskName,
+    MalformedArtifact,
+    PreconditionFailed,
+    PrefixUnavailable,
+    StoreFailed,
+    StoreLocked,
+    UnknownTask,
+    UnknownVersion,
+)
+from prefix_store.spec import BaseSpec, PrefixManifest, digest_of
+from prefix_store.store import PrefixStore
+from prefix_store.upload import Upload
+from prefix_store.validation import Limits
+from tests.prefix_store.builders import TINY_BASE, base_with, make_artifact, manifest_for, random_kv
+from tests.prefix_store.conftest import OpenBackend
+
+OpenStore = Callable[..., PrefixStore]
+
+
+@pytest.fixture
+def open_store(open_backend: OpenBackend) -> OpenStore:
+    """Opens the same place again, each time for the base that is asked for."""
+
+    def open_again(base: BaseSpec = TINY_BASE, *, host_cache_bytes: int = 1 << 20) -> PrefixStore:
+        limits = Limits(max_num_virtual_tokens=16)
+        return PrefixStore(open_backend(), base, limits, host_cache_bytes=host_cache_bytes)
+
+    return open_again
+
+
+def test_what_was_put_is_resolved_and_loaded_in_the_serving_dtype(open_store: OpenStore) -> None:
+    store = open_store(base_with(dtype="bfloat16"))
+    data = make_artifact(num_virtual_tokens=5, seed=3)
+
+    result = store.put("task", data)
+
+    assert result.created
+    assert result.warnings == ()
+    assert result.version == store.resolve("task")
+    assert result.version.digest == digest_of(data)
+    assert result.version.size_bytes == len(data)
+    assert result.version.manifest.num_virtual_tokens == 5
+    prefix, from_host = store.load(digest_of(data))
+    keys, _ = random_kv(TINY_BASE, 5, seed=3)
+    assert not from_host
+    assert torch.equal(prefix.keys[1], keys[1].bfloat16())
+    assert store.load(digest_of(data)) == (prefix, True)
+    assert store.is_on_host(digest_of(data))
+
+
+def test_everything_is_there_after_reopening(open_store: OpenStore) -> None:
+    store = open_store()
+    for seed in range(3):
+        store.put("task", make_artifact(seed=seed))
+    store.put("other", make_artifact(seed=9))
+    expected = store.tasks()
+
+    store = open_store()
+
+    assert store.tasks() == expected
+    for info in expected:
+        for version in info.versions:
+            assert store.load(version.digest).prefix.digest == version.digest
+    assert store.stats().disk_entries == 4
+
+
+def test_references_name_the_live_version_a_number_or_a_digest(open_store: OpenStore) -> None:
+    store = open_store()
+    first, second = (store.put("task", make_artifact(seed=seed)).version for seed in (1, 2))
+    assert store.resolve("task") == second
+    assert store.resolve("task@v1") == first
+    assert store.resolve(first.ref) == first
+    assert store.resolve(f"task@{first.digest}") == first
+    assert store.resolve(f"task@{first.digest[:19]}") == first
+    assert store.task("task").versions == (first, second)
+    for ref in ("task@", "task@v3", "task@live", "task@v1@v2"):
+        with pytest.raises(UnknownVersion):
+            store.resolve(ref)
+    with pytest.raises(UnknownTask):
+        store.resolve("other@v1")
+    with pytest.raises(InvalidTaskName):
+        store.resolve("@v1")
+
+
+def test_putting_the_live_bytes_again_changes_nothing(open_store: OpenStore) -> None:
+    store = open_store()
+    first = store.put("task", make_artifact())
+    again = store.put("task", make_artifact())
+    assert not again.created
+    assert again.version == first.version
+    assert len(store.task("task").versions) == 1
+
+
+def test_an_upload_arrives_in_pieces_and_checks_the_announced_digest(open_store: OpenStore) -> None:
+    store = open_store()
+    data = make_artifact()
+    for announced in (digest_of(data), digest_of(data)[7:], digest_of(data)[7:].upper()):
+        with store.begin_upload() as upload:
+            for start in range(0, len(data), 100):
+                upload.write(data[start : start + 100])
+            upload.commit("task", expected_sha256=announced)
+    with store.begin_upload() as upload:
+        upload.write(data)
+        with pytest.raises(DigestMismatch, match=digest_of(data)):
+            upload.commit("task2", expected_sha256="0" * 64)
+    assert [info.name for info in store.tasks()] == ["task"]
+
+
+def test_an_upload_that_is_left_or_aborted_leaves_nothing(open_store: OpenStore) -> None:
+    store = open_store()
+    with store.begin_upload() as upload:
+        upload.write(make_artifact())
+    aborted = store.begin_upload()
+    aborted.write(make_artifact())
+    aborted.abort()
+    assert store.tasks() == []
+    assert store.stats().disk_entries == 0
+
+
+def test_an_upload_longer_than_any_valid_artifact_is_cut_off(open_store: OpenStore) -> None:
+    store = open_store()
+    upload = store.begin_upload()
+    upload.write(bytes(store.max_artifact_bytes))
+    with pytest.raises(ArtifactTooLarge, match=str(store.max_artifact_bytes)):
+        upload.write(b"x")
+
+
+@pytest.mark.parametrize("valid_header", [False, True])
+def test_a_refused_upload_changes_nothing(open_store: OpenStore, valid_header: bool) -> None:
+    store = open_store()
+    store.put("task", make_artifact())
+    keys, values = random_kv(TINY_BASE, 3, seed=1)
+    keys[0][0, 0, 0] = float("nan")
+    poisoned = encode(manifest_for(TINY_BASE, 3), keys, values)
+    expected = (store.tasks(), store.stats())
+    with pytest.raises((MalformedArtifact, IncompatiblePrefix)):
+        store.put("task", poisoned if valid_header else b"not an artifact")
+    assert (store.tasks(), store.stats()) == expected
+
+
+def test_conditional_writes_see_the_live_digest(open_store: OpenStore) -> None:
+    store = open_store()
+    first, second = make_artifact(seed=1), make_artifact(seed=2)
+
+    def put(data: bytes, *, if_match: str | None = None, if_none_match: bool = False) -> None:
+        with store.begin_upload() as upload:
+            upload.write(data)
+            upload.commit("task", if_match=if_match, if_none_match=if_none_match)
+
+    with pytest.raises(PreconditionFailed, match="no live version"):
+        put(first, if_match="*")
+    put(first, if_none_match=True)
+    with pytest.raises(PreconditionFailed, match="exists already"):
+        put(second, if_none_match=True)
+    with pytest.raises(PreconditionFailed, match=digest_of(first)):
+        put(second, if_match=digest_of(second))
+    assert store.stats().disk_entries == 1
+    put(second, if_match=digest_of(first))
+    with pytest.raises(PreconditionFailed):
+        store.delete("task", if_match=digest_of(first))
+    store.delete("task", if_match=digest_of(second))
+
+
+def test_versions_count_on_after_a_delete_and_old_ones_stay_hidden(open_store: OpenStore) -> None:
+    store = open_store()
+    for seed in (1, 2):
+        store.put("task", make_artifact(seed=seed))
+    store.delete("task")
+    for ref in ("task", "task@v1"):
+        with pytest.raises(UnknownTask):
+            store.resolve(ref)
+    with pytest.raises(UnknownTask):
+        store.delete("task")
+    assert store.put("task", make_artifact(seed=2)).version.version == 3
+    with pytest.raises(UnknownVersion):
+        store.resolve("task@v2")
+    assert open_store().resolve("task").version == 3
+
+
+def test_running_requests_may_load_what_was_deleted_until_the_store_is_reopened(
+    open_store: OpenStore,
+) -> None:
+    store = open_store(host_cache_bytes=0)
+    digest = store.put("task", make_artifact()).version.digest
+    store.delete("task")
+    assert store.load(digest).prefix.digest == digest
+    store = open_store()
+    assert store.stats().disk_entries == 0
+    with pytest.raises(PrefixUnavailable):
+        store.load(digest)
+
+
+def test_promoting_an_older_version_publishes_its_bytes_anew(open_store: OpenStore) -> None:
+    store = open_store()
+    first, second = (store.put("task", make_artifact(seed=seed)).version for seed in (1, 2))
+    with pytest.raises(PreconditionFailed):
+        store.promote("task@v1", if_match=first.digest)
+    promoted = store.promote("task@v1", if_match=second.digest)
+    assert promoted.created
+    assert promoted.version.ref == "task@v3"
+    assert promoted.version.digest == first.digest
+    assert not store.promote("task@v3").created
+    assert store.stats().disk_entries == 2
+
+
+def test_a_store_opened_for_another_base_refuses_to_load_what_does_not_fit(
+    open_store: OpenStore,
+) -> None:
+    digest = open_store().put("task", make_artifact()).version.digest
+    store = open_store(base_with(fingerprint="sha256:" + "b" * 64))
+    assert store.resolve("task").digest == digest
+    with pytest.raises(PrefixUnavailable, match="does not fit the resident model: trained on"):
+        store.load(digest)
+    assert open_store().load(digest).prefix.digest == digest
+
+
+def test_the_host_cache_keeps_to_its_budget_and_counts(open_store: OpenStore) -> None:
+    one = TINY_BASE.layout.bytes_per_token * 3
+    store = open_store(host_cache_bytes=2 * one)
+    digests = [store.put("task", make_artifact(seed=seed)).version.digest for seed in range(3)]
+    for digest in digests:
+        store.load(digest)
+    store.load(digests[2])
+    assert [store.is_on_host(digest) for digest in digests] == [False, True, True]
+    stats = store.stats()
+    assert (stats.host_bytes, stats.host_capacity_bytes, stats.host_entries) == (
+        2 * one,
+        2 * one,
+        2,
+    )
+    assert (stats.host_hits, stats.host_misses, stats.host_evictions) == (1, 3, 1)
+    assert stats.disk_entries == 3
+    assert stats.disk_bytes == sum(version.size_bytes for version in store.task("task").versions)
+
+
+def test_similar_names_are_suggested(open_store: OpenStore) -> None:
+    store = open_store()
+    for name in ("summarise", "summarise-de", "translate"):
+        store.put(name, make_artifact())
+    assert store.similar("sumarise", limit=1) == ["summarise"]
+    assert store.similar("sumarise") == ["summarise", "summarise-de"]
+    assert store.similar("x" * 10_000) == []
+    assert store.similar("") == []
+
+
+def test_uploads_loads_and_listings_run_side_by_side(open_store: OpenStore) -> None:
+    store = open_store(host_cache_bytes=1000)
+    store.put("shared", make_artifact(seed=99))
+    failures: list[Exception] = []
+
+    def work(number: int) -> None:
+        try:
+            for seed in range(4):
+                version = store.put(f"task-{number}", make_artifact(seed=seed % 2)).version
+                assert store.resolve(version.ref) == version
+                assert store.load(version.digest).prefix.digest == version.digest
+                store.put("shared", make_artifact(seed=10 * number + seed))
+                store.tasks()
+                store.stats()
+        except Exception as error:  # noqa: BLE001 - a thread's failure must reach the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert [v.version for v in store.task("shared").versions] == list(range(1, 18))
+    assert open_store().tasks() == store.tasks()
+
+
+def test_open_locks_the_directory_until_closed(tmp_path: Path) -> None:
+    store = PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0, max_num_virtual_tokens=8)
+    with pytest.raises(StoreLocked):
+        PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0)
+    with pytest.raises(IncompatiblePrefix, match="allows 8"):
+        store.put("task", make_artifact(num_virtual_tokens=9))
+    store.close()
+    store.close()
+    PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0).close()
+
+
+def test_a_failed_opening_gives_the_directory_up_again(tmp_path: Path) -> None:
+    PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0).close()
+    (tmp_path / "log" / ("a" * 32)).write_text("a file where a directory should be")
+    with pytest.raises(StoreFailed):
+        PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0)
+    (tmp_path / "log" / ("a" * 32)).unlink()
+    PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0).close()
+
+
+def test_bytes_that_the_disk_changed_under_an_upload_are_not_published(tmp_path: Path) -> None:
+    store = PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0)
+    data = make_artifact()
+    with store.begin_upload() as upload:
+        upload.write(data)
+        (staged,) = (tmp_path / "tmp").iterdir()
+        staged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(StoreFailed, match="other bytes"):
+            upload.commit("task")
+    assert store.tasks() == []
+    assert store.stats().disk_entries == 0
+    store.close()
+
+
+def test_an_abort_during_a_commit_waits_for_it(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that goes away makes its handler abort while the worker thread still commits."""
+    store = open_store()
+    upload = store.begin_upload()
+    upload.write(make_artifact())
+    proving, go_on = threading.Event(), threading.Event()
+    real = Upload._prove
+
+    def slow_proof(self: Upload) -> PrefixManifest:
+        proving.set()
+        assert go_on.wait(10)
+        return real(self)
+
+    monkeypatch.setattr(Upload, "_prove", slow_proof)
+    committing = threading.Thread(target=upload.commit, args=("task",))
+    committing.start()
+    assert proving.wait(10)
+    aborting = threading.Thread(target=upload.abort)
+    aborting.start()
+    aborting.join(0.05)
+    assert aborting.is_alive()
+    go_on.set()
+    committing.join()
+    aborting.join()
+    assert store.resolve("task").version == 1

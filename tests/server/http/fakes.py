@@ -1,0 +1,143 @@
+"""An engine that says what a test tells it to, and an app around it with a real store in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastapi import FastAPI
+
+from prefix_store.backends.memory import MemoryBackend
+from prefix_store.store import PrefixStore
+from prefix_store.validation import Limits
+from server.errors import InvalidParameter
+from server.http.app import Services, create_app
+from server.metrics import Metrics
+from server.types import FinishReason, GenerationRequest, PrefixTier, RequestOutput, RequestTimings
+from tests.prefix_store.builders import TINY_BASE, make_artifact
+
+ADMIN_KEY = "the-admin-key"
+ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
+
+Script = Callable[[GenerationRequest], Sequence[RequestOutput | Exception]]
+
+
+def words(request: GenerationRequest, *texts: str) -> list[RequestOutput]:
+    """One token per text for every choice, then the end: by length, as `max_tokens` was reached."""
+    outputs = []
+    for index in range(request.sampling.n):
+        for count, text in enumerate(texts, start=1):
+            last = count == len(texts)
+            outputs.append(
+                RequestOutput(
+                    request_id=request.request_id,
+                    index=index,
+                    text=text,
+                    token_ids=(40 + count,),
+                    num_output_tokens=count,
+                    finish_reason=FinishReason.LENGTH if last else None,
+                    prefix_tier=PrefixTier.DEVICE if request.prefix else PrefixTier.NONE,
+                    timings=RequestTimings(0.001, 0.002, 0.003 if last else None),
+                )
+            )
+    return outputs
+
+
+def failed(request: GenerationRequest, error: str) -> RequestOutput:
+    """The last output of a request that the engine could not finish."""
+    return RequestOutput(
+        request.request_id, 0, "", (), 0, finish_reason=FinishReason.ERROR, error=error
+    )
+
+
+class FakeStream:
+    """Gives out a script; after its end, or in a script that has none, waits for ever."""
+
+    def __init__(self, outputs: Sequence[RequestOutput | Exception]) -> None:
+        self._outputs = list(outputs)
+        self._ends = any(
+            isinstance(o, RequestOutput) and o.finish_reason is not None for o in outputs
+        )
+        self.closed = False
+
+    async def __anext__(self) -> RequestOutput:
+        await asyncio.sleep(0)
+        if self._outputs:
+            output = self._outputs.pop(0)
+            if isinstance(output, Exception):
+                raise output
+            return output
+        if self._ends:
+            raise StopAsyncIteration
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class FakeHealth:
+    """What the probes see."""
+
+    alive: bool = True
+    heartbeat_age_seconds: float = 0.1
+    num_running: int = 2
+    num_waiting: int = 1
+
+
+@dataclass
+class FakeEngine:
+    """Records what it is asked; `script` decides what comes back, `refusal` what `submit` raises."""
+
+    script: Script = field(default=lambda request: words(request, "a", "b", "c"))
+    refusal: Exception | None = None
+    max_model_len: int = 128
+    health: FakeHealth = field(default_factory=FakeHealth)
+    requests: list[GenerationRequest] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)
+
+    async def tokenize(self, prompt: str) -> tuple[int, ...]:
+        return tuple(1 + ord(char) % 90 for char in prompt)
+
+    def submit(self, request: GenerationRequest) -> FakeStream:
+        if self.refusal is not None:
+            raise self.refusal
+        if not request.prompt_token_ids:
+            raise InvalidParameter("prompt: expected at least one token", param="prompt")
+        self.requests.append(request)
+        self.streams.append(FakeStream(self.script(request)))
+        return self.streams[-1]
+
+    def evict(self, digest: str) -> None:
+        self.evicted.append(digest)
+
+    def status(self) -> FakeHealth:
+        return self.health
+
+
+def make_services(engine: FakeEngine, **changes: Any) -> Services:
+    """Services around `engine`, with the tasks `poet` (two versions) and `clerk`."""
+    store = PrefixStore(MemoryBackend(), TINY_BASE, Limits(max_num_virtual_tokens=16), host_cache_bytes=0)
+    store.put("clerk", make_artifact(seed=3, num_virtual_tokens=5))
+    store.put("poet", make_artifact(seed=1))
+    generation = {"temperature": 0.5, "max_tokens": 7, "stop": ["END"]}
+    store.put("poet", make_artifact(seed=2, generation=generation))
+    services = Services(
+        engine=engine,
+        store=store,
+        metrics=Metrics(max_tasks=10),
+        model_id="org/tiny",
+        base_fingerprint=TINY_BASE.fingerprint,
+        admin_key=ADMIN_KEY,
+        version="9.9.9",
+    )
+    return replace(services, **changes)
+
+
+def make_app(engine: FakeEngine, **changes: Any) -> FastAPI:
+    """The app around `make_services`."""
+    return create_app(make_services(engine, **changes))
