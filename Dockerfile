@@ -6,11 +6,12 @@
 #
 # The server listens on all addresses inside the container, so it insists on keys (or on --insecure):
 #
-#   docker run -p 127.0.0.1:8000:8000 -e PREFIXD_ADMIN_KEY=... -e PREFIXD_API_KEY=... \
+#   docker run --init -p 127.0.0.1:8000:8000 -e PREFIXD_ADMIN_KEY=... -e PREFIXD_API_KEY=... \
 #     -v models:/models -v store:/var/lib/prefixd --read-only --tmpfs /tmp prefixd:cpu
 #
-# Only the two volumes and /tmp are written. Without a model it serves the bundled demo and downloads nothing;
-# PREFIXD_MODEL=org/name downloads into /models once, after which HF_HUB_OFFLINE=1 keeps it off the network.
+# --init lets it be stopped while it still loads a model. Only the two volumes and /tmp are written. Without a
+# model it serves the bundled demo and downloads nothing; PREFIXD_MODEL=org/name downloads into /models once,
+# after which HF_HUB_OFFLINE=1 keeps it off the network.
 
 ARG PYTHON=python:3.12-slim-bookworm
 

@@ -12,6 +12,7 @@ import asyncio
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeAlias
 
 from cyclopts import App, CycloptsError, Parameter
@@ -52,10 +53,11 @@ app.command(tasks_app)
 app.command(config_app)
 
 
-def main() -> NoReturn:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script. Exit codes: 1 what was asked for failed, 2 it was asked for wrongly."""
+    tokens = sys.argv[1:] if arguments is None else arguments
     try:
-        app(exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")
+        app(tokens, exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")
     except CycloptsError:  # already shown
         sys.exit(USAGE_ERROR)
     except ConfigError as error:
@@ -175,6 +177,7 @@ def _level(config: ServeConfig, otherwise: str) -> str:
 
 def _bind(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet: until the server is up, connections are refused."""
+    listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -183,6 +186,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise ConfigError(f"can not listen on {host} port {port}: {error.strerror}") from None
     return listener
 

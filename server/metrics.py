@@ -27,6 +27,7 @@ OTHER_TASKS: Final = "_other"
 ENDPOINTS: Final = ("completions", "generate")
 OUTCOMES: Final = ("stop", "length", "cancelled", "error", "rejected")
 REJECTIONS: Final = ("queue_full", "stopped", "too_long")
+_OPENMETRICS: Final = "application/openmetrics-text"
 _TIERS: Final = tuple(str(tier) for tier in PrefixTier if tier is not PrefixTier.NONE)
 
 _LATENCY: Final = (
@@ -329,10 +330,9 @@ class Metrics:
         if store is not None:
             with self._render_lock:
                 self._take_store_stats(store)
-        try:
-            encode, content_type = choose_encoder(accept)
-        except ValueError:  # a version that is no version
-            encode, content_type = choose_encoder("")
+        # Only the kind is taken over: the library fails on versions that are no versions.
+        kinds = {part.partition(";")[0].strip() for part in accept.split(",")}
+        encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in kinds else "")
         return encode(self.registry), content_type
 
     def _take_store_stats(self, store: StoreStats) -> None:

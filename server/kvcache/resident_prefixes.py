@@ -99,8 +99,9 @@ class ResidentPrefixes:
             self.evict(entry.ref.digest)
 
     def pin(self, digest: str) -> None:
-        """Keeps a resident prefix whatever else needs room."""
+        """Keeps a resident prefix whatever else needs room, even if it was to go before."""
         self._entries[digest].pinned = True
+        self._entries[digest].retired = False
 
     def unpin(self, digest: str) -> None:
         """Lets the LRU decide again."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]  # its stubs would be one more dependency
 
 from server.config import ServeConfig
 from server.http.routes import SCOPES, Scope

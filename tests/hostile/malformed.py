@@ -139,7 +139,7 @@ BROKEN_FRAME: Final[dict[str, bytes]] = {
     "header length eight too long": with_length(int.from_bytes(VALID[:8], "little") + 8),
     "header length zero": bytes(8) + VALID[8:],
     "header that is not a multiple of eight": framed(
-        HEADER_TEXT + " " * (1 + -len(HEADER_TEXT) % 8), DATA, pad=False
+        HEADER_TEXT + " " * (len(HEADER_TEXT) % 8 == 0), DATA, pad=False
     ),
     "data cut in half": VALID[: -len(DATA) // 2],
     "data cut by one byte": VALID[:-1],

@@ -18,38 +18,43 @@ from tests.prefix_store.builders import TINY_BASE
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefixStore]:
-    root = tmp_path_factory.mktemp("store")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def store(root: Path) -> Iterator[PrefixStore]:
     store = PrefixStore.open(root, TINY_BASE, host_cache_bytes=0, max_num_virtual_tokens=32)
     store.put("task", VALID)
     yield store
     store.close()
 
 
-def snapshot(store: PrefixStore, tmp: Path) -> object:
-    files = sorted((path, path.stat().st_mtime_ns) for path in tmp.rglob("*") if path.is_file())
+def snapshot(store: PrefixStore, root: Path) -> object:
+    """All that an upload could have changed."""
+    files = sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*") if path.is_file())
     return files, store.tasks(), store.stats()
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_file_is_refused_and_leaves_no_trace(
-    store: PrefixStore, tmp_path_factory: pytest.TempPathFactory, name: str
+    store: PrefixStore, root: Path, name: str
 ) -> None:
-    before = snapshot(store, tmp_path_factory.getbasetemp())
+    before = snapshot(store, root)
     with pytest.raises(MalformedArtifact) as caught:
         store.put("task", MALFORMED[name])
-    assert snapshot(store, tmp_path_factory.getbasetemp()) == before
+    assert snapshot(store, root) == before
     assert_fit_to_show(caught.value)
 
 
 @pytest.mark.parametrize("name", INCOMPATIBLE)
 def test_a_prefix_for_another_model_is_refused_and_leaves_no_trace(
-    store: PrefixStore, tmp_path_factory: pytest.TempPathFactory, name: str
+    store: PrefixStore, root: Path, name: str
 ) -> None:
-    before = snapshot(store, tmp_path_factory.getbasetemp())
+    before = snapshot(store, root)
     with pytest.raises(IncompatiblePrefix) as caught:
         store.put("task", INCOMPATIBLE[name])
-    assert snapshot(store, tmp_path_factory.getbasetemp()) == before
+    assert snapshot(store, root) == before
     assert_fit_to_show(caught.value)
 
 

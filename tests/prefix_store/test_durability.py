@@ -28,7 +28,7 @@ from prefix_store.spec import digest_of
 from prefix_store.store import PrefixStore
 from tests.prefix_store.builders import TINY_BASE, make_artifact
 
-KILL_CYCLES = 40
+KILL_CYCLES = 25
 
 
 def open_store(root: Path) -> PrefixStore:

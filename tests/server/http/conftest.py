@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from starlette.testclient import TestClient
 
@@ -16,6 +14,6 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def client(engine: FakeEngine) -> Iterator[TestClient]:
+def client(engine: FakeEngine) -> TestClient:
     """No lifespan: the tests of the probes start it themselves."""
-    yield TestClient(make_app(engine))
+    return TestClient(make_app(engine))

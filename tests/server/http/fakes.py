@@ -121,7 +121,9 @@ class FakeEngine:
 
 def make_services(engine: FakeEngine, **changes: Any) -> Services:
     """Services around `engine`, with the tasks `poet` (two versions) and `clerk`."""
-    store = PrefixStore(MemoryBackend(), TINY_BASE, Limits(max_num_virtual_tokens=16), host_cache_bytes=0)
+    store = PrefixStore(
+        MemoryBackend(), TINY_BASE, Limits(max_num_virtual_tokens=16), host_cache_bytes=0
+    )
     store.put("clerk", make_artifact(seed=3, num_virtual_tokens=5))
     store.put("poet", make_artifact(seed=1))
     generation = {"temperature": 0.5, "max_tokens": 7, "stop": ["END"]}

@@ -1,0 +1,319 @@
+"""Bugs to plant, one after the other: the simulation must find each of them.
+
+Each is a small change of the real code, made by replacing one method, of the kind that servers like this
+have had. `plant` is given a `pytest.MonkeyPatch`, so that nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+
+from server.engine.messages import EvictPrefix, PrefixReady, RowOutcome, WarmPrefix
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence, SequenceStatus
+from server.kvcache.block_pool import BlockPool
+from server.kvcache.resident_prefixes import ResidentPrefix, ResidentPrefixes
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+PLANTED_BUGS: Final[dict[str, Plant]] = {}
+
+
+def _bug(cls: type, method: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers a replacement of `cls.method`; it gets the original as its first argument."""
+
+    def register(replacement: Callable[..., Any]) -> None:
+        original = cls.__dict__[method]
+        if isinstance(original, property):
+
+            def read(self: Any) -> Any:
+                return replacement(original.fget, self)
+
+            patched: Any = property(read)
+        else:
+
+            def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return replacement(original, self, *args, **kwargs)
+
+        PLANTED_BUGS[replacement.__name__] = lambda patch: patch.setattr(cls, method, patched)
+
+    return register
+
+
+# ---- blocks ------------------------------------------------------------------------------------
+
+
+@_bug(BlockPool, "blocks_for")
+def block_count_is_rounded_down(original: Any, pool: Any, num_tokens: int) -> int:
+    return max(1, num_tokens // int(pool.block_size))
+
+
+@_bug(BlockPool, "blocks_for")
+def one_block_more_at_each_full_block(original: Any, pool: Any, num_tokens: int) -> int:
+    return num_tokens // int(pool.block_size) + 1
+
+
+@_bug(BlockPool, "free")
+def blocks_are_handed_out_without_being_marked_used(original: Any, pool: Any, ids: Any) -> None:
+    pool._free.extendleft(reversed(ids := list(ids)))
+    pool._used.difference_update(ids[1:])
+
+
+@_bug(BlockPool, "allocate")
+def a_block_is_handed_out_twice(original: Any, pool: Any, count: int) -> Any:
+    taken = original(pool, count)
+    if len(taken) > 2:
+        taken[-1] = taken[0]
+    return taken
+
+
+@_bug(Scheduler, "_give_back")
+def finished_sequence_frees_its_blocks_twice(original: Any, scheduler: Any, seq: Sequence) -> None:
+    scheduler._blocks.free(seq.block_table)
+    original(scheduler, seq)
+
+
+@_bug(Scheduler, "_give_back")
+def blocks_of_an_aborted_prefill_stay(original: Any, scheduler: Any, seq: Sequence) -> None:
+    if seq.output_token_ids:
+        original(scheduler, seq)
+    else:
+        scheduler._release(seq)
+
+
+# ---- prefixes ----------------------------------------------------------------------------------
+
+
+@_bug(Scheduler, "_release")
+def preempted_sequence_keeps_its_lease(original: Any, scheduler: Any, seq: Sequence) -> None:
+    if seq.num_computed_tokens == seq.num_tokens:
+        original(scheduler, seq)
+    seq.lease = None
+
+
+@_bug(Scheduler, "_release")
+def lease_is_not_released_when_there_is_no_room(
+    original: Any, scheduler: Any, seq: Sequence
+) -> None:
+    if seq.status is SequenceStatus.RUNNING:
+        original(scheduler, seq)
+
+
+@_bug(ResidentPrefixes, "make_room")
+def leased_prefix_is_evicted(original: Any, prefixes: Any, num_blocks: int) -> Any:
+    evicted = []
+    for entry in prefixes.entries():
+        if prefixes._blocks.num_free >= num_blocks:
+            break
+        del prefixes._entries[entry.ref.digest]
+        prefixes._blocks.free(entry.block_ids)
+        evicted.append(entry)
+    return evicted
+
+
+@_bug(ResidentPrefix, "evictable")
+def pinned_prefix_is_evicted(original: Any, entry: ResidentPrefix) -> bool:
+    return entry.num_leases == 0
+
+
+@_bug(ResidentPrefixes, "acquire")
+def prefix_is_found_by_the_name_of_its_task(original: Any, prefixes: Any, digest: str) -> Any:
+    task = prefixes._entries[digest].ref.task
+    return original(
+        prefixes, next(d for d, entry in prefixes._entries.items() if entry.ref.task == task)
+    )
+
+
+@_bug(ResidentPrefixes, "retire")
+def retired_prefix_is_evicted_under_its_readers(original: Any, prefixes: Any, digest: str) -> None:
+    entry = prefixes._entries.pop(digest, None)
+    if entry is not None:
+        prefixes._blocks.free(entry.block_ids)
+
+
+@_bug(ResidentPrefixes, "release")
+def retired_prefix_is_forgotten(original: Any, prefixes: Any, lease: Any) -> None:
+    lease.released = True
+    lease.resident.num_leases -= 1
+
+
+@_bug(Scheduler, "fail")
+def prefix_of_a_failed_step_is_trusted(original: Any, scheduler: Any, plan: Any, error: str) -> Any:
+    return scheduler.commit(plan, [RowOutcome(error=error)] * len(plan.rows))
+
+
+@_bug(Scheduler, "_reserve")
+def prefix_loads_are_skipped(original: Any, scheduler: Any, ref: Any, step: Any) -> None:
+    original(scheduler, ref, step)
+    if len(scheduler._running) > 1:
+        step.prefix_loads.pop()
+
+
+@_bug(Scheduler, "_reserve")
+def pin_is_forgotten(original: Any, scheduler: Any, ref: Any, step: Any) -> None:
+    scheduler._warm.pop(ref.digest, None)
+    original(scheduler, ref, step)
+    scheduler._warm[ref.digest] = WarmPrefix(ref)
+
+
+@_bug(Scheduler, "_may_request")
+def prefix_is_asked_for_twice(original: Any, scheduler: Any, digest: str) -> bool:
+    return True
+
+
+@_bug(Scheduler, "_drop_unwanted")
+def staged_prefix_is_kept_when_nobody_wants_it(original: Any, scheduler: Any) -> None:
+    pass
+
+
+@_bug(Scheduler, "_prefix_failed")
+def failed_load_ends_only_the_first_that_waits(
+    original: Any, scheduler: Any, digest: str, reason: str
+) -> None:
+    kept = [s for s in scheduler._waiting if s.digest == digest][1:]
+    scheduler._waiting = [s for s in scheduler._waiting if s not in kept]
+    original(scheduler, digest, reason)
+    scheduler._waiting = sorted([*scheduler._waiting, *kept], key=scheduler._order.__getitem__)
+    scheduler._loading.update({digest} if kept else ())
+
+
+@_bug(Scheduler, "has_work")
+def sleeps_while_a_prefix_could_be_asked_for(original: Any, scheduler: Any) -> bool:
+    """As it was until the simulation found it."""
+    if scheduler._running or scheduler._ended:
+        return True
+    return any(s.digest is None or scheduler._at_hand(s.digest) for s in scheduler._waiting)
+
+
+# ---- sequences ---------------------------------------------------------------------------------
+
+
+@_bug(Scheduler, "_preempt")
+def preempted_sequence_thinks_it_is_computed(
+    original: Any, scheduler: Any, seq: Sequence, step: Any
+) -> None:
+    num_computed_tokens = seq.num_computed_tokens
+    original(scheduler, seq, step)
+    seq.num_computed_tokens = num_computed_tokens
+
+
+@_bug(Scheduler, "_preempt")
+def preempted_sequence_loses_its_output(
+    original: Any, scheduler: Any, seq: Sequence, step: Any
+) -> None:
+    original(scheduler, seq, step)
+    seq.output_token_ids.clear()
+
+
+@_bug(Scheduler, "_preempt")
+def row_of_a_preempted_sequence_still_runs(
+    original: Any, scheduler: Any, seq: Sequence, step: Any
+) -> None:
+    row = step.rows.get(seq)
+    original(scheduler, seq, step)
+    if row is not None:
+        step.rows[seq] = row
+
+
+@_bug(Scheduler, "_live")
+def abort_forgets_the_waiting(original: Any, scheduler: Any, request_id: str, index: Any) -> Any:
+    return [s for s in original(scheduler, request_id, index) if s in scheduler._running]
+
+
+@_bug(Scheduler, "_live")
+def abort_of_one_choice_ends_all(original: Any, scheduler: Any, request_id: str, index: Any) -> Any:
+    return original(scheduler, request_id, None)
+
+
+@_bug(Scheduler, "_end")
+def last_output_is_given_twice(
+    original: Any, scheduler: Any, seq: Sequence, *a: Any, **k: Any
+) -> Any:
+    output = original(scheduler, seq, *a, **k)
+    if seq.num_preemptions:
+        scheduler._ended.append(output)
+    return output
+
+
+@_bug(Scheduler, "_finish_reason")
+def max_tokens_is_off_by_one(original: Any, scheduler: Any, seq: Sequence) -> Any:
+    if len(seq.output_token_ids) == seq.request.sampling.max_tokens:
+        last = seq.output_token_ids.pop()
+        reason = original(scheduler, seq)
+        seq.output_token_ids.append(last)
+        return reason
+    return original(scheduler, seq)
+
+
+@_bug(Sequence, "token_ids")
+def chunk_over_the_end_of_the_prompt_repeats_a_token(
+    original: Any, seq: Sequence, start: int, stop: int
+) -> Any:
+    tokens = original(seq, start, stop)
+    boundary = len(seq.request.prompt_token_ids)
+    if start < boundary < stop:
+        return (*tokens[:-1], seq.request.prompt_token_ids[-1])
+    return tokens
+
+
+@_bug(Scheduler, "_add_row")
+def chunk_samples_before_its_last_token(
+    original: Any, scheduler: Any, seq: Sequence, step: Any
+) -> None:
+    original(scheduler, seq, step)
+    step.rows[seq] = dataclasses.replace(step.rows[seq], sample=True)
+
+
+@_bug(Scheduler, "_add_row")
+def positions_start_at_the_prefix_length(
+    original: Any, scheduler: Any, seq: Sequence, step: Any
+) -> None:
+    original(scheduler, seq, step)
+    step.rows[seq] = dataclasses.replace(step.rows[seq], first_position=seq.num_virtual_tokens)
+
+
+@_bug(Scheduler, "_grow")
+def sequence_runs_without_growing(original: Any, scheduler: Any, seq: Sequence, step: Any) -> bool:
+    return True
+
+
+@_bug(Scheduler, "_grow")
+def youngest_goes_on_at_the_cost_of_the_oldest(
+    original: Any, scheduler: Any, seq: Sequence, step: Any
+) -> bool:
+    order = scheduler._order
+    scheduler._order = {s: -n for s, n in order.items()}
+    try:
+        grown: bool = original(scheduler, seq, step)
+    finally:
+        scheduler._order = order
+    scheduler._waiting.sort(key=order.__getitem__)
+    return grown
+
+
+@_bug(Scheduler, "_receive")
+def choices_share_one_seed(original: Any, scheduler: Any, message: Any, now: float) -> None:
+    original(scheduler, message, now)
+    for seq in scheduler._waiting:
+        seq.seed -= seq.index if seq.first_scheduled is None and seq.index == 2 else 0
+
+
+@_bug(Scheduler, "_receive")
+def evict_order_also_forgets_a_load_under_way(
+    original: Any, scheduler: Any, message: Any, now: float
+) -> None:
+    original(scheduler, message, now)
+    if isinstance(message, EvictPrefix):
+        scheduler._loading.discard(message.digest)
+
+
+@_bug(Scheduler, "_receive")
+def answer_that_nobody_asked_for_is_staged(
+    original: Any, scheduler: Any, message: Any, now: float
+) -> None:
+    original(scheduler, message, now)
+    if isinstance(message, PrefixReady) and scheduler._waiting:
+        scheduler._loading.add(message.digest)

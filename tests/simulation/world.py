@@ -1,0 +1,422 @@
+"""One simulated engine and its clients: random operations by seed, every promise checked after every step.
+
+Real Scheduler, BlockPool, ResidentPrefixes and EngineCore; `HashRunner` instead of a model, a list of due
+times instead of threads. The world steps the core as `AsyncEngine` does: when there is a message, or when
+the core says that it has work. If neither is so and a request is still open, the engine has stalled.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final
+
+from prefix_store.artifact import Prefix
+from prefix_store.spec import PrefixManifest
+from server.engine.core import STEP_FAILED, EngineCore, EngineParts, StepResult
+from server.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EvictPrefix,
+    Message,
+    SchedulerOutput,
+    SequenceOutput,
+    WarmPrefix,
+)
+from server.engine.prefetch import PrefixAnswer, PrefixLoaded, PrefixLoadFailed
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Sequence, SequenceStatus
+from server.kvcache.resident_prefixes import ResidentPrefixes
+from server.types import FinishReason, GenerationRequest, PrefixRef, PrefixTier, SamplingParams
+from tests.simulation.hash_runner import (
+    EOS,
+    ROW_ERROR,
+    VOCAB,
+    HashRunner,
+    PoisoningBlockPool,
+    oracle,
+    random_ref,
+)
+
+LOAD_ERROR: Final = "this load was chosen to fail"
+_MAX_DRAIN_STEPS: Final = 20_000
+_REASONS: Final = list(FinishReason)
+
+logging.getLogger("server.engine.core").setLevel(logging.CRITICAL)  # injected faults are not news
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """The shape of one episode: a pool, its limits, its tasks, and how often things happen."""
+
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    tasks: tuple[PrefixRef, ...]
+    max_open: int
+    max_own_tokens: int
+    max_load_delay: int
+    add_rate: float
+    abort_rate: float
+    warm_rate: float
+    pin_rate: float
+    evict_rate: float
+    load_error_rate: float
+    row_error_rate: float
+    step_error_rate: float
+
+    @staticmethod
+    def draw(rng: random.Random) -> Scenario:
+        """Small pools and small limits, so that every kind of shortage comes about."""
+        block_size = rng.choice([1, 2, 3, 4, 8, 16])
+        longest = rng.choice([3, 20, 60, 130]) if block_size > 2 else rng.choice([3, 20])
+        max_own_tokens = rng.choice([8, 20, 50])
+        tasks = tuple(random_ref(rng, i, longest) for i in range(rng.randint(1, 8)))
+        largest = max(-(-ref.num_virtual_tokens // block_size) for ref in tasks)
+        need = largest - (-max_own_tokens // block_size)
+        max_num_seqs = rng.choice([1, 2, 3, 5, 8])
+        faulty = rng.random() < 0.6
+        return Scenario(
+            block_size=block_size,
+            num_blocks=1 + int(need * rng.choice([1.0, 1.2, 1.7, 2.5, 5.0])),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 20, 60]),
+            tasks=tasks,
+            max_open=rng.choice([2, 5, 12]),
+            max_own_tokens=max_own_tokens,
+            max_load_delay=rng.choice([0, 2, 12]),
+            add_rate=rng.choice([0.1, 0.3, 0.8]),
+            abort_rate=rng.choice([0.0, 0.03, 0.2]),
+            warm_rate=rng.choice([0.0, 0.02, 0.1]),
+            pin_rate=rng.choice([0.0, 0.3]),
+            evict_rate=rng.choice([0.0, 0.02, 0.1]),
+            load_error_rate=rng.choice([0.0, 0.1, 0.4]) if faulty else 0.0,
+            row_error_rate=rng.choice([0.0, 0.01]) if faulty else 0.0,
+            step_error_rate=rng.choice([0.0, 0.01, 0.1]) if faulty else 0.0,
+        )
+
+
+class _ObservedScheduler(Scheduler):
+    """The real scheduler, keeping the plan of the last step for the checks."""
+
+    plan: SchedulerOutput
+
+    def schedule(self, now: float, inbox: object = ()) -> SchedulerOutput:
+        self.plan = super().schedule(now, inbox)  # type: ignore[arg-type]
+        return self.plan
+
+
+@dataclass(slots=True)
+class _Open:
+    """A choice whose terminal output has not come."""
+
+    request: GenerationRequest
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    aborted: bool = False
+
+
+class World:
+    """An engine under one scenario. `tick` is a turn of its loop; `drain` lets it come to rest."""
+
+    def __init__(self, seed: int, scenario: Scenario | None = None) -> None:
+        self._rng = rng = random.Random(seed)
+        self.scenario = s = scenario or Scenario.draw(rng)
+        self.blocks = PoisoningBlockPool(s.num_blocks, s.block_size)
+        self.prefixes = ResidentPrefixes(self.blocks)
+        self.runner = HashRunner(self.blocks, rng, s.row_error_rate, s.step_error_rate)
+        self.scheduler = _ObservedScheduler(
+            SchedulerLimits(s.max_num_seqs, s.max_num_batched_tokens, EOS),
+            self.blocks,
+            self.prefixes,
+        )
+        parts = EngineParts(self.scheduler, self.blocks, self.prefixes, self.runner, 1)
+        self.core = EngineCore(parts, self._request_prefix, lambda: float(self.now), debug=True)
+        self.now = 0
+        self.trace = 0
+        self.num_steps = 0
+        self._num_idle = 0
+        self._step_broke = False
+        self._pins: set[str] = set()
+        self.seen: Counter[str] = Counter()
+        self._faults = True
+        self._next_id = 0
+        self._open: dict[tuple[str, int], _Open] = {}
+        self._loads: list[tuple[int, PrefixRef]] = []
+        self._loaded_before: set[str] = set()
+        self._inbox: list[Message | PrefixAnswer] = []
+
+    # ---- operations ----------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Random messages, the loads that are due, and a step if the engine would make one."""
+        s, rng = self.scenario, self._rng
+        if rng.random() < s.add_rate and len(self._open) < s.max_open:
+            self.add(self._random_request())
+        if rng.random() < s.abort_rate:
+            self._abort_someone()
+        if rng.random() < s.warm_rate:
+            self._inbox.append(WarmPrefix(rng.choice(s.tasks), pin=rng.random() < s.pin_rate))
+        if rng.random() < s.evict_rate:
+            self._inbox.append(EvictPrefix(rng.choice(s.tasks).digest))
+        self.turn()
+
+    def turn(self) -> None:
+        """What the engine thread does in one round of its loop."""
+        self.now += 1
+        self._deliver_loads()
+        if self._inbox or self.core.has_work():
+            self._step()
+        elif self._open and not self._loads:
+            raise AssertionError(f"the engine sleeps on {len(self._open)} open sequences")
+
+    def drain(self) -> None:
+        """No more messages and no more faults: everything ends, nothing stays but idle prefixes."""
+        self._faults = False
+        self.runner.row_error_rate = self.runner.step_error_rate = 0.0
+        for _ in range(_MAX_DRAIN_STEPS):
+            if not (self._inbox or self._loads or self._open or self.core.has_work()):
+                break
+            self.turn()
+        else:
+            raise AssertionError(f"not at rest after {_MAX_DRAIN_STEPS} steps")
+        self._check_rest()
+
+    def add(self, request: GenerationRequest) -> None:
+        """Submits a request with a seed of its own."""
+        seed = self._rng.getrandbits(63)
+        self._inbox.append(AddRequest(request, seed))
+        for index in range(request.sampling.n):
+            self._open[request.request_id, index] = _Open(request, seed)
+
+    def _random_request(self) -> GenerationRequest:
+        s, rng = self.scenario, self._rng
+        self._next_id += 1
+        own = rng.randint(2, s.max_own_tokens)
+        max_tokens = rng.randint(1, own - 1)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=rng.choice([0, 0, rng.randint(0, max_tokens)]),
+            stop_token_ids=rng.choice([(), (), (rng.randrange(VOCAB),)]),
+            ignore_eos=rng.random() < 0.3,
+            n=rng.choice([1, 1, 1, 2, 3]),
+        )
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(own - max_tokens))
+        ref = rng.choice([*s.tasks, None])
+        return GenerationRequest(str(self._next_id), prompt, sampling, ref)
+
+    def _abort_someone(self) -> None:
+        if not self._open:
+            self._inbox.append(AbortRequest("0"))  # unknown ids are fine
+            return
+        request_id, index = self._rng.choice(list(self._open))
+        whole = self._rng.random() < 0.5
+        self._inbox.append(AbortRequest(request_id, None if whole else index))
+        for key, choice in self._open.items():
+            if key == (request_id, index) or (whole and key[0] == request_id):
+                choice.aborted = True
+        for seq in self.scheduler._order:
+            if (seq.request.request_id, seq.index) == (request_id, index):
+                self.seen[f"abort while {seq.status}"] += 1
+
+    def _request_prefix(self, ref: PrefixRef) -> None:
+        assert ref.digest not in {r.digest for _, r in self._loads}, "single flight"
+        if ref.digest in self._loaded_before:
+            self.seen["reload"] += 1
+        self._loaded_before.add(ref.digest)
+        self._loads.append((self.now + self._rng.randint(0, self.scenario.max_load_delay), ref))
+
+    def _deliver_loads(self) -> None:
+        due = [load for load in self._loads if load[0] < self.now]
+        for load in due:
+            self._loads.remove(load)
+            place = self._rng.randint(0, len(self._inbox))  # other threads' messages, any order
+            self._inbox.insert(place, self._answer(load[1]))
+
+    def _answer(self, ref: PrefixRef) -> PrefixAnswer:
+        if self._faults and self._rng.random() < self.scenario.load_error_rate:
+            self.seen["load failed"] += 1
+            return PrefixLoadFailed(ref, LOAD_ERROR, 0.0)
+        manifest = PrefixManifest(
+            num_virtual_tokens=ref.num_virtual_tokens, k_space="none", model_type="hash"
+        )
+        return PrefixLoaded(ref, Prefix(ref.digest, manifest, (), ()), PrefixTier.DISK, 0.0)
+
+    # ---- steps and their checks ----------------------------------------------------------------
+
+    def _step(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        pinned = {e.ref.digest for e in self.prefixes.entries() if e.pinned}
+        pinned -= {m.digest for m in inbox if isinstance(m, EvictPrefix)}
+        order = self.scheduler._order
+        before = {seq: (order[seq], seq.num_preemptions) for seq in self.scheduler._running}
+        num_step_errors = self.runner.num_step_errors
+        result = self.core.step(inbox)
+        self._step_broke = self.runner.num_step_errors > num_step_errors
+        self.num_steps += 1
+        plan = self.scheduler.plan
+        for digest in pinned:
+            assert digest in self.prefixes, "a pinned prefix was evicted"
+        self._check_pins(inbox, plan)
+        self._check_preemptions(before)
+        self._check_plan(plan)
+        for output in result.outputs:
+            self._take(output)
+        for message in inbox:
+            if isinstance(message, AbortRequest):
+                self._check_aborted(message)
+        moved = plan.rows or plan.prefix_loads or plan.prefix_requests or result.outputs
+        self._num_idle = 0 if inbox or moved else self._num_idle + 1
+        # One is fine: a prefix to be warmed that fits nowhere is given up in such a step.
+        assert self._num_idle <= 1, "the engine says that it has work and does nothing"
+        self._record(plan, result)
+
+    def _check_pins(self, inbox: list[Message | PrefixAnswer], plan: SchedulerOutput) -> None:
+        """A pin holds from the order on, through the load, until it is lifted or the load fails."""
+        for message in inbox:
+            match message:
+                case WarmPrefix(ref, pin=True):
+                    self._pins.add(ref.digest)
+                case EvictPrefix(digest):
+                    self._pins.discard(digest)
+                case PrefixLoadFailed(ref):
+                    self._pins.discard(ref.digest)
+        if self._step_broke:
+            self._pins -= {load.ref.digest for load in plan.prefix_loads}
+        for entry in self.prefixes.entries():
+            assert entry.pinned == (entry.ref.digest in self._pins), "a pin was lost or invented"
+        resident_or_coming = {e.ref.digest for e in self.prefixes.entries()}
+        resident_or_coming |= self.scheduler._warm.keys()
+        self._pins &= resident_or_coming  # the others fit nowhere and were given up
+
+    def _check_aborted(self, message: AbortRequest) -> None:
+        left = [
+            index
+            for request_id, index in self._open
+            if request_id == message.request_id and message.index in (None, index)
+        ]
+        assert not left, "an aborted choice goes on"
+
+    def _check_preemptions(self, before: dict[Sequence, tuple[int, int]]) -> None:
+        """The youngest goes first: nobody runs on who came after one that was preempted."""
+        gone = [order for seq, (order, n) in before.items() if seq.num_preemptions > n]
+        kept = [
+            order
+            for seq, (order, n) in before.items()
+            if seq.num_preemptions == n and seq.status is SequenceStatus.RUNNING
+        ]
+        assert not gone or not kept or max(kept) < min(gone), "an older one was preempted"
+
+    def _check_plan(self, plan: SchedulerOutput) -> None:
+        s = self.scenario
+        assert len(plan.rows) <= s.max_num_seqs
+        assert plan.num_tokens <= s.max_num_batched_tokens
+        for row in plan.rows:
+            assert row.token_ids, "a row without tokens"
+            known = len(row.sequence.request.prompt_token_ids) + len(row.sequence.output_token_ids)
+            assert row.start + len(row.token_ids) <= known
+
+    def _take(self, output: SequenceOutput) -> None:
+        key = (output.request_id, output.index)
+        assert key in self._open, "an output after the last one"
+        choice = self._open[key]
+        if output.token_id is not None:
+            choice.tokens.append(output.token_id)
+        if output.finish_reason is None:
+            assert output.token_id is not None, "an output that says nothing"
+            return
+        del self._open[key]
+        self.seen[f"finished: {output.finish_reason}"] += 1
+        self._check_tokens(choice, output)
+
+    def _check_tokens(self, choice: _Open, output: SequenceOutput) -> None:
+        expected = oracle(choice.request, output.index, choice.seed)
+        match output.finish_reason:
+            case FinishReason.STOP:
+                assert choice.tokens == expected
+                assert output.stop_token_id == expected[-1]
+            case FinishReason.LENGTH:
+                assert choice.tokens == expected
+                assert len(expected) == choice.request.sampling.max_tokens
+            case FinishReason.ABORT:
+                assert choice.aborted, "nobody aborted it"
+                assert choice.tokens == expected[: len(choice.tokens)]
+            case _:
+                assert choice.tokens == expected[: len(choice.tokens)]
+                self._check_error(choice.request, output.error)
+
+    def _check_error(self, request: GenerationRequest, error: str | None) -> None:
+        """A request fails for a fault that was injected, or because pinned prefixes leave it no room."""
+        if error == STEP_FAILED:
+            assert self._step_broke, "the runner raised though no fault was injected"
+            return
+        if error in (LOAD_ERROR, ROW_ERROR):
+            return
+        assert error is not None
+        assert error.startswith("the request needs"), error
+        self.seen["refused for pins"] += 1
+        pinned = sum(
+            len(e.block_ids)
+            for e in self.prefixes.entries()
+            if e.pinned and e.ref.digest != (request.prefix and request.prefix.digest)
+        )
+        # The pin may be of a prefix that this very step failed to load.
+        assert pinned > 0 or self._step_broke, "refused though nothing is pinned"
+
+    def _record(self, plan: SchedulerOutput, result: StepResult) -> None:
+        self.seen["preemption"] += plan.num_preemptions
+        self.seen["eviction"] += len(plan.evicted)
+        self.seen["prefix load"] += len(plan.prefix_loads)
+        rows = tuple(
+            (int(row.sequence.request.request_id), row.start, row.token_ids, row.block_ids)
+            for row in plan.rows
+        )
+        outputs = tuple(
+            (
+                int(o.request_id),
+                o.index,
+                -1 if o.token_id is None else o.token_id,
+                -1 if o.finish_reason is None else _REASONS.index(o.finish_reason),
+            )
+            for o in result.outputs
+        )
+        self.trace = hash((self.trace, self.now, rows, outputs))
+
+    def _check_rest(self) -> None:
+        assert self.scheduler.num_running == 0
+        assert not self.scheduler._order, "a sequence is left"
+        assert not self.scheduler.staged, "a staged prefix is left"
+        assert not self.scheduler._loading, "a load is waited for that was answered"
+        assert not self.scheduler._warm, "a prefix was to be warmed and was forgotten"
+        assert not self.core._staged, "tensors are left in host memory"
+        assert self.blocks.num_used == self.prefixes.num_blocks, "blocks are left"
+        self._inbox += [EvictPrefix(entry.ref.digest) for entry in self.prefixes.entries()]
+        self.turn()
+        assert self.blocks.num_used == 0, "a prefix could not be evicted at rest"
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What one episode did; equal for equal seeds."""
+
+    trace: int
+    num_steps: int
+    seen: Counter[str]
+
+
+def run_episode(seed: int, num_ticks: int = 300) -> Episode:
+    """One scenario from its first request to rest. Raises AssertionError on any broken promise."""
+    world = World(seed)
+    try:
+        for _ in range(num_ticks):
+            world.tick()
+        world.drain()
+    except Exception as error:
+        error.add_note(f"seed {seed}, tick {world.now}, step {world.num_steps}: {world.scenario}")
+        raise
+    world.seen["row failed"] += world.runner.num_row_errors
+    world.seen["step failed"] += world.runner.num_step_errors
+    return Episode(world.trace, world.num_steps, world.seen)
