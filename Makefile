@@ -9,9 +9,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 # --no-compile, then one import: pip would compile all of torch and transformers, twice the time of the rest,
-# and a start needs a fraction of it. Written even where PYTHONDONTWRITEBYTECODE is set: starts are slow without.
+# and a start needs a fraction of it. What is imported later is compiled then, once, so that must be allowed.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile
-WARM := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c \
+WARM := $(BIN)/python -c \
   'import server.cli, server.bootstrap, server.http.app, uvicorn; from transformers import LlamaForCausalLM'
 ARGS ?=
 
@@ -63,10 +64,10 @@ $(BIN)/python:
 
 .venv/.runtime: .venv/.torch pyproject.toml constraints.txt
 	$(INSTALL) -c constraints.txt -e .
-	@$(WARM)
+	-@$(WARM)
 	@touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml constraints.txt
 	$(INSTALL) -c constraints.txt -e '.[dev]'
-	@$(WARM)
+	-@$(WARM)
 	@touch .venv/.runtime $@

@@ -7,6 +7,7 @@ Whoever starts a `Generation` must `aclose` it: that is what frees the engine wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -72,12 +73,13 @@ class Generation:
     async def outputs(self) -> AsyncGenerator[tuple[Choice, RequestOutput], None]:
         """Each increment, with the choice that has taken it. Raises `GenerationFailed`, `EngineStopped`."""
         if len(self._streams) > 1:
-            async for number, output in _merged(self._streams):
-                yield self._take(number, output), output
+            async with contextlib.aclosing(_merged(self._streams)) as merged:
+                async for number, output in merged:
+                    yield self._take(number, output), output
             return
         # One prompt is the usual case, and a task for each token would cost more than the rest of this layer.
-        while (output := await _next(self._streams[0])) is not None:
-            yield self._take(0, output), output
+        while (gained := await _next(self._streams[0])) is not None:
+            yield self._take(0, gained), gained
 
     async def collect(self) -> list[Choice]:
         """Waits for all choices. Raises as `outputs` does."""

@@ -3,6 +3,8 @@
 Expected values are computed here from a plain list of keys, without slots, blocks, masks or `reference`.
 """
 
+# ruff: noqa: N803, N806 - shape letters (P, H, D) are the field's notation
+
 from __future__ import annotations
 
 import itertools
@@ -96,7 +98,7 @@ class Case:
         """Output of each row."""
         attend = make_attention_backend(backend).attend
         out = attend(torch.cat(self.queries), self.layer, params, self.batch)
-        return list(out.split([row.n for row in self.rows]))
+        return list(torch.split(out, [row.n for row in self.rows]))
 
     def expected(self, params: AttentionParams) -> list[Tensor]:
         return [
@@ -182,7 +184,17 @@ def test_a_decode_row_is_the_same_to_the_bit_alone_and_in_any_batch(
 ) -> None:
     """The second promise: who else decodes in a step must not change a request's tokens."""
     params = params_for(shape, feature)
-    lengths = [(0, 0), (0, 62), (0, 63), (1, 30), (37, 10), (37, 26), (130, 5), (130, 200), (5, 300)]
+    lengths = [
+        (0, 0),
+        (0, 62),
+        (0, 63),
+        (1, 30),
+        (37, 10),
+        (37, 26),
+        (130, 5),
+        (130, 200),
+        (5, 300),
+    ]
     mine = [Row(P, before, 1) for P, before in lengths]
     alone = {row: Case([row], shape).run(backend, params)[0] for row in mine}
     rng = random.Random(1)

@@ -98,9 +98,7 @@ def test_the_layout_is_what_the_layers_produce(architecture: str) -> None:
 
 
 def test_sliding_windows_are_known_per_layer() -> None:
-    windows = [
-        x.window for x in adopt_model(tiny_model("gemma2"), model_id="tiny").layout.layers
-    ]
+    windows = [x.window for x in adopt_model(tiny_model("gemma2"), model_id="tiny").layout.layers]
 
     assert set(windows) == {24, None}
 

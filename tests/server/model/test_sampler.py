@@ -20,7 +20,11 @@ GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
 
 
 def sequence(
-    sampling: SamplingParams, *, seed: int = 0, prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = ()
+    sampling: SamplingParams,
+    *,
+    seed: int = 0,
+    prompt: tuple[int, ...] = (1,),
+    output: tuple[int, ...] = (),
 ) -> Sequence:
     seq = Sequence(GenerationRequest("r", prompt, sampling), index=0, seed=seed, arrival=0.0)
     seq.output_token_ids = list(output)

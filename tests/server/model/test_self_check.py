@@ -19,7 +19,9 @@ from server.model.loader import LoadedModel, adopt_model
 from server.model.self_check import self_check
 from tests.tiny_models import tiny_model
 
-Change = Callable[[Tensor, AttentionParams, ForwardBatch], tuple[Tensor, AttentionParams, ForwardBatch]]
+Change = Callable[
+    [Tensor, AttentionParams, ForwardBatch], tuple[Tensor, AttentionParams, ForwardBatch]
+]
 
 
 class Broken:
