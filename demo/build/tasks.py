@@ -119,7 +119,6 @@ TASKS: Final[dict[str, Task]] = {
             "A formal notice about a trip or a restaurant, said casually.",
             casual_rewrite,
             " Please note that Lomu will depart on Monday. => so Lomu grabs the train on Monday!",
-            steps=1_000,
         ),
         Task(
             "sentiment",
