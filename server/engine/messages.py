@@ -95,7 +95,6 @@ class SchedulerOutput:
     prefix_requests: tuple[PrefixRef, ...]
     prefix_loads: tuple[PrefixLoad, ...]
     rows: tuple[ScheduledRow, ...]
-    evicted: tuple[PrefixRef, ...]
     num_preemptions: int
 
     @property

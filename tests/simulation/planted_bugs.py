@@ -103,15 +103,13 @@ def lease_is_not_released_when_there_is_no_room(
 
 
 @_bug(ResidentPrefixes, "make_room")
-def leased_prefix_is_evicted(original: Any, prefixes: Any, num_blocks: int) -> Any:
-    evicted = []
+def leased_prefix_is_evicted(original: Any, prefixes: Any, num_blocks: int) -> None:
     for entry in prefixes.entries():
         if prefixes._blocks.num_free >= num_blocks:
             break
         del prefixes._entries[entry.ref.digest]
         prefixes._blocks.free(entry.block_ids)
-        evicted.append(entry)
-    return evicted
+        prefixes._evicted.append(entry)
 
 
 @_bug(ResidentPrefix, "evictable")

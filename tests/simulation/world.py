@@ -368,7 +368,7 @@ class World:
 
     def _record(self, plan: SchedulerOutput, result: StepResult) -> None:
         self.seen["preemption"] += plan.num_preemptions
-        self.seen["eviction"] += len(plan.evicted)
+        self.seen["eviction"] += sum(e.kind == "evict" for e in result.stats.events)
         self.seen["prefix load"] += len(plan.prefix_loads)
         rows = tuple(
             (int(row.sequence.request.request_id), row.start, row.token_ids, row.block_ids)
