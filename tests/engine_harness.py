@@ -137,7 +137,7 @@ class Harness:
             sampling or SamplingParams(max_tokens=8, temperature=0.0),
             prefix_ref(prefix) if prefix else None,
         )
-        self.inbox.append(AddRequest(request, seed))
+        self.inbox.append(AddRequest(request, seed, self.now))
 
     def abort(self, request_id: str) -> None:
         self.inbox.append(AbortRequest(request_id))

@@ -185,11 +185,11 @@ class AsyncEngine:
                 f"{waiting} sequences are waiting; at most {self._limits.max_num_queued} may (max_num_queued)"
             )
         assert request.request_id not in self._streams, "request ids are ours and unique"
-        processor = OutputProcessor(request, self._tokenizer, time.monotonic())
-        stream = RequestStream(processor, self.abort)
+        arrival, seed = time.monotonic(), request.sampling.seed
+        stream = RequestStream(OutputProcessor(request, self._tokenizer, arrival), self.abort)
         self._streams[request.request_id] = stream
-        seed = request.sampling.seed
-        self._inbox.put(AddRequest(request, self._seeds.getrandbits(63) if seed is None else seed))
+        seed = self._seeds.getrandbits(63) if seed is None else seed
+        self._inbox.put(AddRequest(request, seed, arrival))
         return stream
 
     def abort(self, request_id: str) -> None:

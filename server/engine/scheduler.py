@@ -124,7 +124,7 @@ class Scheduler:
     def schedule(self, now: float, inbox: Iterable[Message] = ()) -> SchedulerOutput:
         """Takes in the messages and plans one step. May be empty of rows."""
         for message in inbox:
-            self._receive(message, now)
+            self._receive(message)
         step = _Step(self._limits.max_num_batched_tokens)
         self._continue_running(step)
         self._load_warm(step)
@@ -132,11 +132,11 @@ class Scheduler:
         self._drop_unwanted()
         return step.finished_plan()
 
-    def _receive(self, message: Message, now: float) -> None:
+    def _receive(self, message: Message) -> None:
         match message:
-            case AddRequest(request, seed):
+            case AddRequest(request, seed, arrival):
                 for index in range(request.sampling.n):
-                    seq = Sequence(request, index, seed + index, arrival=now)
+                    seq = Sequence(request, index, seed + index, arrival)
                     self._order[seq] = next(self._arrivals)
                     self._waiting.append(seq)
             case AbortRequest(request_id, index):

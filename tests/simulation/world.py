@@ -188,7 +188,7 @@ class World:
     def add(self, request: GenerationRequest) -> None:
         """Submits a request with a seed of its own."""
         seed = self._rng.getrandbits(63)
-        self._inbox.append(AddRequest(request, seed))
+        self._inbox.append(AddRequest(request, seed, float(self.now)))
         for index in range(request.sampling.n):
             self._open[request.request_id, index] = _Open(request, seed)
 

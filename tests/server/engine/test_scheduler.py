@@ -56,7 +56,7 @@ class Driver:
     ) -> None:
         sampling = sampling or SamplingParams(max_tokens=50)
         self.inbox.append(
-            AddRequest(GenerationRequest(request_id, (9,) * prompt, sampling, prefix), seed=7)
+            AddRequest(GenerationRequest(request_id, (9,) * prompt, sampling, prefix), 7, self.now)
         )
 
     def step(self, *messages: Message, token: int = TOKEN) -> SchedulerOutput:
