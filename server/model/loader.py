@@ -7,6 +7,7 @@ that can not express is refused by name: here from the configuration, in `self_c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from prefix_store.spec import KVLayout, LayerLayout
 from server.errors import ModelRefused
@@ -78,9 +80,19 @@ def connect(module: nn.Module, attention: AttentionFunction) -> None:
 
 
 def load_model(
-    source: str | Path, *, revision: str | None = None, dtype: str = "auto", device: torch.device
+    source: str | Path,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    revision: str | None = None,
+    model_id: str | None = None,
 ) -> LoadedModel:
-    """Loads a directory or hub id, safetensors only, no remote code. Raises `ModelRefused`."""
+    """Loads a directory or hub id, safetensors only, no remote code. Raises `ModelRefused`.
+
+    `model_id` None: the hub id, or the directory's name.
+    """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     config = _load_config(str(source), revision)
     check_config(config)
     module = AutoModelForCausalLM.from_pretrained(
@@ -91,7 +103,7 @@ def load_model(
         use_safetensors=True,
         trust_remote_code=False,
     )
-    return adopt_model(module.to(device), model_id=_model_id(source))
+    return adopt_model(module.to(device), model_id=model_id or _model_id(source))
 
 
 def _load_config(source: str, revision: str | None) -> Any:
