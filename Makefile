@@ -8,7 +8,12 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# --no-compile, then one import: pip would compile all of torch and transformers, twice the time of the rest,
+# and a start needs a fraction of it. What is imported later is compiled then, once, so that must be allowed.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile
+WARM := $(BIN)/python -c \
+  'import server.cli, server.bootstrap, server.http.app, uvicorn; from transformers import LlamaForCausalLM'
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -54,13 +59,15 @@ $(BIN)/python:
 # Only torch itself, what it needs comes with the project. --retries 2: where a mirror or a folder of wheels
 # is set up, an index that can not be reached is soon passed by.
 .venv/.torch: | $(BIN)/python
-	$(PIP) install --no-deps --retries 2 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(INSTALL) --no-deps --retries 2 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	@touch $@
 
 .venv/.runtime: .venv/.torch pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e .
+	$(INSTALL) -c constraints.txt -e .
+	-@$(WARM)
 	@touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	-@$(WARM)
 	@touch .venv/.runtime $@

@@ -168,7 +168,6 @@ def _ints(value: JsonValue) -> list[int]:
     """`value` if it is a short list of non-negative integers, else an empty list."""
     if not isinstance(value, list) or len(value) > MAX_RANK:
         return []
-    numbers = [
-        item for item in value if type(item) is int and item >= 0
-    ]  # a bool is no integer here
+    # type() and not isinstance: True is no integer here.
+    numbers = [item for item in value if type(item) is int and item >= 0]
     return numbers if len(numbers) == len(value) else []

@@ -147,7 +147,7 @@ def load_checkpoint(
     state = optimizer.state_dict()
     optimizer.load_state_dict(state | {"state": moments})
     record = json.loads((work_dir / "base.json").read_text())
-    return Progress(record["step"], record["elapsed_seconds"], record["restarts"] + 1)
+    return Progress(record["step"], record["elapsed_seconds"], record["restarts"])
 
 
 def train_base(
@@ -162,6 +162,8 @@ def train_base(
     budget = minutes * 60.0
     saved = last = time.monotonic()
     started = last - progress.elapsed_seconds
+    if 0.0 < progress.elapsed_seconds < budget:
+        progress.restarts += 1
     # A restart takes a stream of its own: no text is seen twice.
     source = batches(tokenizer, TRAIN_SEED + progress.restarts)
     recent: list[float] = []

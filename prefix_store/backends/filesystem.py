@@ -221,9 +221,8 @@ class FileStagedBlob:
     def publish(self) -> None:
         """Make the blob durable under its digest. Raises `StoreFull` or `StoreFailed`."""
         with files.translated_errors():
-            os.fsync(
-                self._fd
-            )  # a second fsync after a failed one would lie: the staging is lost then
+            # A second fsync after a failed one would lie: the staging is lost then.
+            os.fsync(self._fd)
             self._backend.publish_file(self._path, self.digest, self._num_bytes)
 
     def discard(self) -> None:

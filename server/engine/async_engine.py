@@ -92,10 +92,12 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._closed = False
 
     def put(self, output: RequestOutput) -> None:
-        """Hands over an increment; closes the stream behind the last one."""
+        """Hands over an increment."""
         self._queue.put_nowait(output)
-        if self.processor.finished:
-            self._queue.put_nowait(None)
+
+    def end(self) -> None:
+        """No increment comes any more: lets a reader go that waits for one."""
+        self._queue.put_nowait(None)
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -110,6 +112,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
     async def aclose(self) -> None:
         """Ends the stream; aborts the request if it still runs. May be called at any time, repeatedly."""
         self._closed = True
+        self.end()
         if not self.processor.finished:
             self._abort(self.processor.request.request_id)
 
@@ -190,10 +193,10 @@ class AsyncEngine:
         self._check(request)
         if self._stopping or not self._thread.is_alive():
             raise EngineStopped("the engine takes no more requests")
-        waiting = len(self._streams)
-        if waiting >= self._limits.max_num_queued:
+        waiting = self._num_waiting()
+        if waiting + request.sampling.n > self._limits.max_num_queued:
             raise EngineOverloaded(
-                f"{waiting} requests are in progress; at most {self._limits.max_num_queued} are taken"
+                f"{waiting} sequences are waiting; at most {self._limits.max_num_queued} may (max_num_queued)"
             )
         assert request.request_id not in self._streams, "request ids are ours and unique"
         processor = OutputProcessor(request, self._tokenizer, time.monotonic())
@@ -208,6 +211,7 @@ class AsyncEngine:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             self._inbox.put(AbortRequest(request_id))
+            stream.end()
             self._account(stream.processor, "cancelled")
 
     def warm(self, ref: PrefixRef, *, pin: bool = False) -> None:
@@ -222,11 +226,13 @@ class AsyncEngine:
         limits, prompt = self._limits, request.prompt_token_ids
         if not prompt:
             raise InvalidParameter("prompt: expected at least one token", param="prompt")
-        for token_id in (*prompt, *request.sampling.stop_token_ids):
-            if not 0 <= token_id < limits.vocab_size:
-                raise InvalidParameter(
-                    f"token id {token_id}: expected 0 to {limits.vocab_size - 1}", param="prompt"
-                )
+        named = {"prompt": prompt, "stop_token_ids": request.sampling.stop_token_ids}
+        for param, token_ids in named.items():
+            for token_id in token_ids:
+                if not 0 <= token_id < limits.vocab_size:
+                    raise InvalidParameter(
+                        f"token id {token_id}: expected 0 to {limits.vocab_size - 1}", param=param
+                    )
         virtual = request.prefix.num_virtual_tokens if request.prefix else 0
         first = request.prefix.first_position if request.prefix else 0
         own = len(prompt) + request.sampling.max_tokens
@@ -249,6 +255,11 @@ class AsyncEngine:
                 param="prompt",
             )
 
+    def _num_waiting(self) -> int:
+        """Sequences taken in and not running, as of the last step; counted anew, so it can not drift."""
+        taken = sum(s.processor.request.sampling.n for s in self._streams.values())
+        return taken - (self._last_stats.num_running if self._last_stats else 0)
+
     # ---- event loop: what comes back -----------------------------------------------------------
 
     def _deliver(self, result: StepResult) -> None:
@@ -262,13 +273,20 @@ class AsyncEngine:
         stream = self._streams.get(output.request_id)
         if stream is None:
             return  # aborted meanwhile
-        increment = stream.processor.process(output, now)
+        try:
+            increment = stream.processor.process(output, now)
+        except Exception:  # a tokenizer may stumble over an id; the others of the step go on
+            logger.exception("the text of request %s could not be made", output.request_id)
+            self._inbox.put(AbortRequest(output.request_id))
+            self._fail(stream, "the text of this request could not be made")
+            return
         if increment is None:
             return
         if increment.finish_reason is not None and output.finish_reason is None:
             self._inbox.put(AbortRequest(output.request_id, output.index))  # a stop string ended it
         stream.put(increment)
         if stream.processor.finished:
+            stream.end()
             del self._streams[output.request_id]
             reason = increment.finish_reason
             self._account(stream.processor, str(reason), increment)
@@ -292,11 +310,15 @@ class AsyncEngine:
 
     def _fail_streams(self, reason: str) -> None:
         """Ends every open stream with an error, so that no client waits for ever."""
-        for request_id, stream in list(self._streams.items()):
-            del self._streams[request_id]
-            for output in stream.processor.fail(reason):
-                stream.put(output)
-            self._account(stream.processor, str(FinishReason.ERROR))
+        for stream in list(self._streams.values()):
+            self._fail(stream, reason)
+
+    def _fail(self, stream: RequestStream, reason: str) -> None:
+        del self._streams[stream.processor.request.request_id]
+        for output in stream.processor.fail(reason):
+            stream.put(output)
+        stream.end()
+        self._account(stream.processor, str(FinishReason.ERROR))
 
     # ---- engine thread -------------------------------------------------------------------------
 
@@ -320,3 +342,11 @@ class AsyncEngine:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, argument)
+
+
+def _check_token_ids(param: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidParameter(
+                f"{param}: token id {token_id}, expected 0 to {vocab_size - 1}", param=param
+            )

@@ -7,6 +7,7 @@ Whoever starts a `Generation` must `aclose` it: that is what frees the engine wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -71,23 +72,14 @@ class Generation:
 
     async def outputs(self) -> AsyncGenerator[tuple[Choice, RequestOutput], None]:
         """Each increment, with the choice that has taken it. Raises `GenerationFailed`, `EngineStopped`."""
-        waiting = {
-            asyncio.ensure_future(_next(stream)): number
-            for number, stream in enumerate(self._streams)
-        }
-        try:
-            while waiting:
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    number = waiting.pop(future)
-                    output = future.result()
-                    if output is None:
-                        continue
-                    waiting[asyncio.ensure_future(_next(self._streams[number]))] = number
+        if len(self._streams) > 1:
+            async with contextlib.aclosing(_merged(self._streams)) as merged:
+                async for number, output in merged:
                     yield self._take(number, output), output
-        finally:
-            for future in waiting:
-                future.cancel()
+            return
+        # One prompt is the usual case, and a task for each token would cost more than the rest of this layer.
+        while (gained := await _next(self._streams[0])) is not None:
+            yield self._take(0, gained), gained
 
     async def collect(self) -> list[Choice]:
         """Waits for all choices. Raises as `outputs` does."""
@@ -110,6 +102,27 @@ class Generation:
         self.timings = output.timings
         self.prefix_tier = output.prefix_tier
         return choice
+
+
+async def _merged(
+    streams: Sequence[OutputStream],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """What the streams give, as it comes, each with its stream's number."""
+    waiting = {
+        asyncio.ensure_future(_next(stream)): number for number, stream in enumerate(streams)
+    }
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                number = waiting.pop(future)
+                output = future.result()
+                if output is not None:
+                    waiting[asyncio.ensure_future(_next(streams[number]))] = number
+                    yield number, output
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 async def _next(stream: OutputStream) -> RequestOutput | None:

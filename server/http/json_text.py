@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from starlette.responses import Response
+
+# Made once: `json.dumps` makes an encoder per call, and this runs once per token.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def json_bytes(value: Any) -> bytes:
     """`value` as compact ASCII JSON."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.encode("ascii")
+    return _ENCODER.encode(value).encode("ascii")
 
 
 def json_response(

@@ -14,8 +14,8 @@ from starlette.responses import Response
 from server.http.json_text import json_response
 from server.http.services import Services, lifecycle_of, services_of
 
-STALE_SECONDS: Final = 30.0
-"""An engine that has not come round for this long hangs; no step takes so long."""
+STALE_SECONDS: Final = 120.0
+"""An engine that has not come round for this long hangs: a full step of a large model on a CPU takes less."""
 
 
 async def healthz(request: Request) -> Response:

@@ -23,6 +23,7 @@ from server.types import SamplingParams
 
 NUMERICAL_ERROR: Final = "the model produced non-finite logits for this request"
 _MASK64: Final = 2**64 - 1
+_MIN_TEMPERATURE: Final = 1e-30  # less is 0 as float32, and 0 / 0 is NaN for the whole row
 
 
 def sample(
@@ -72,7 +73,7 @@ def _sample_row(logits: Tensor, seq: Sequence, eos_token_ids: frozenset[int]) ->
     if params.greedy:
         return int(logits.argmax())
     # Dividing by a tiny temperature may overflow; relative to the maximum it can only underflow.
-    logits = (logits - logits.max()) / params.temperature
+    logits = (logits - logits.max()) / max(params.temperature, _MIN_TEMPERATURE)
     logits = _keep_top_k(logits, params.top_k)
     probabilities = logits.softmax(-1)
     probabilities = _keep_top_p(probabilities, params.top_p)

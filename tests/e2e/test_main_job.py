@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.e2e.live_server import ADMIN, LiveServer, live_server
 from tests.engine_harness import generate_with_transformers, random_prefix
 from tests.tiny_model_dir import save_tiny_model
 
-LENGTHS = {"alpha": 5, "beta": 37, "gamma": 16, "delta": 130}
+LENGTHS = {"alpha": 5, "beta": 37, "gamma": 16, "delta": 130}  # what no test replaces
 PROMPT = "the quick brown fox"
 
 
@@ -165,7 +166,7 @@ def test_replacing_a_task_does_not_change_a_stream_under_way(
     model = adopt_model(module, model_id="tiny")
     new = random_prefix(model, 16, seed=999)
     body = {
-        "model": "gamma",
+        "model": "replaced",
         "prompt": PROMPT,
         "max_tokens": 200,
         "temperature": 0,
@@ -173,15 +174,19 @@ def test_replacing_a_task_does_not_change_a_stream_under_way(
         "return_token_ids": True,
     }
     with server.client() as client, server.client() as admin:
+        old = admin.put(
+            "/admin/v1/tasks/replaced", content=artifact(prefixes["gamma"]), headers=ADMIN
+        )
+        assert old.status_code == 201, old.text
         with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
             lines = response.iter_lines()
             first = next(lines)
-            put = admin.put("/admin/v1/tasks/gamma", content=artifact(new), headers=ADMIN)
+            put = admin.put("/admin/v1/tasks/replaced", content=artifact(new), headers=ADMIN)
             assert put.status_code == 200, put.text
             streamed = [first, *lines]
             assert response.headers["x-prefixd-version"] == "1"
         after = client.post("/v1/completions", json=body)
-        pinned = client.post("/v1/completions", json={**body, "model": "gamma@v1"})
+        pinned = client.post("/v1/completions", json={**body, "model": "replaced@v1"})
 
     tokens = _token_ids_of_stream(streamed)
     assert tokens == expected_tokens(directory, module, prefixes["gamma"], 200)
@@ -191,8 +196,6 @@ def test_replacing_a_task_does_not_change_a_stream_under_way(
 
 
 def _token_ids_of_stream(lines: list[str]) -> list[int]:
-    import json
-
     tokens: list[int] = []
     for line in lines:
         if line.startswith("data: {"):

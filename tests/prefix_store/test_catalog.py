@@ -59,9 +59,10 @@ class Twin:
         return numbered[self.deleted.get(task, 0) :]
 
 
-def outcome(call: Callable[[], object]) -> object:
+def outcome(call: Callable[..., object], *args: object, **conditions: object) -> object:
+    """What `call` returns, or the type of what it raises."""
     try:
-        return call()
+        return call(*args, **conditions)
     except (UnknownTask, PreconditionFailed, StoreFull) as error:
         return type(error)
 
@@ -82,11 +83,8 @@ def test_random_operations_agree_with_the_twin(seed: int) -> None:
         match rng.choice(["publish", "publish", "publish", "delete", "reopen"]):
             case "publish":
                 fresh = rng.random() < 0.2
-                got = outcome(
-                    lambda: publish(
-                        catalog, task, digest, if_match=if_match, if_none_match=fresh  # noqa: B023
-                    )
-                )  # fmt: skip
+                conditions = {"if_match": if_match, "if_none_match": fresh}
+                got = outcome(publish, catalog, task, digest, **conditions)
                 if unmatched or (fresh and live is not None):
                     assert got is PreconditionFailed
                 elif live == digest:
@@ -99,7 +97,7 @@ def test_random_operations_agree_with_the_twin(seed: int) -> None:
                     assert got[1] is True
                     twin.history.setdefault(task, []).append(digest)
             case "delete":
-                got = outcome(lambda: catalog.delete(task, if_match=if_match))  # noqa: B023
+                got = outcome(catalog.delete, task, if_match=if_match)
                 if live is None:
                     assert got is UnknownTask
                 elif unmatched:

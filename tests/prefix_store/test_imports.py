@@ -9,7 +9,8 @@ import pytest
 
 import prefix_store
 
-TORCH_FREE = ["spec", "errors", "catalog", "lru", "host_cache", "header", "backends.filesystem", "backends.memory"]  # fmt: skip
+TORCH_FREE = ["spec", "errors", "catalog", "lru", "host_cache", "header"]
+TORCH_FREE += ["backends.filesystem", "backends.memory"]
 
 
 def test_catalog_and_backends_do_not_load_torch() -> None:

@@ -2,7 +2,8 @@
 
 Two ideas make it fast there. The query heads that share a kv head are packed as query rows of that head,
 so K and V are never repeated; and rows that decode one token are attended together, gathered per bucket
-of K/V length. Features that the fused kernel lacks (softcap, sinks) go to the reference.
+of K/V length. What the fused kernel lacks (softcap, sinks, keys and values of different width) goes to the
+reference.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class SdpaAttention:
         self, queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch
     ) -> Tensor:
         """[T, Hq, Dk] -> [T, Hq, Dv]."""
-        if params.softcap is not None or params.sinks is not None:
+        if params.softcap is not None or params.sinks is not None or not _fused(layer):
             return self._reference.attend(queries, layer, params, batch)
         out = queries.new_empty(*queries.shape[:2], layer.values.shape[-1])
         for index, group in enumerate(batch.decode_groups):
@@ -37,6 +38,11 @@ class SdpaAttention:
             span = slice(row.first, row.first + row.num_tokens)
             out[span] = _prefill(queries[span], layer, row, mask, params.scale)
         return out
+
+
+def _fused(layer: LayerKV) -> bool:
+    """Whether torch fuses it. Its fallback is a batched product, whose bits depend on who else decodes."""
+    return layer.keys.shape[-1] == layer.values.shape[-1]
 
 
 def _decode(

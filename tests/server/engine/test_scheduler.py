@@ -17,6 +17,7 @@ from server.engine.messages import (
     WarmPrefix,
 )
 from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Sequence
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.types import FinishReason, GenerationRequest, PrefixRef, PrefixTier, SamplingParams
@@ -197,7 +198,7 @@ def test_the_youngest_is_preempted_and_the_oldest_never() -> None:
     driver = Driver(num_blocks=13, max_num_batched_tokens=40)
     for name in "abc":
         driver.add(name, prompt=8, sampling=SamplingParams(max_tokens=24))
-    seqs = {}
+    seqs: dict[str, Sequence] = {}
     preempted: list[str] = []
     while len(driver.ended) < 3:
         plan = driver.step()
@@ -215,7 +216,7 @@ def test_a_preempted_sequence_goes_before_those_that_came_later() -> None:
     driver.add("a", prompt=12)
     driver.add("b", prompt=12)
     driver.add("later", prompt=12)
-    plans = []
+    plans: list[SchedulerOutput] = []
     while not any(plan.num_preemptions for plan in plans):
         plans.append(driver.step())
     driver.step(AbortRequest("a"))
@@ -266,7 +267,11 @@ def test_choices_of_a_request_differ_in_seed_and_index_and_can_be_aborted_one_by
     driver = Driver()
     driver.add("r", sampling=SamplingParams(n=3))
     plan = driver.step()
-    assert [(row.sequence.index, row.sequence.seed) for row in plan.rows] == [(0, 7), (1, 8), (2, 9)]
+    assert [(row.sequence.index, row.sequence.seed) for row in plan.rows] == [
+        (0, 7),
+        (1, 8),
+        (2, 9),
+    ]
     plan = driver.step(AbortRequest("r", 1))
 
     assert [row.sequence.index for row in plan.rows] == [0, 2]

@@ -1,0 +1,75 @@
+"""Increments of text, when characters and tokens do not end at the same place."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from server.engine.tokenizer import Detokenizer, Tokenizer
+
+TEXTS = [
+    "the quick brown fox",
+    "naïve café — 100 €",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈!",
+    "  two  spaces\n\nand\ttabs ",
+    "mixed 漢字 and 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+    "a\ufffdb",  # a replacement character that the text really has
+    "é",
+]
+
+
+def increments(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.push([t]) for t in token_ids), detokenizer.flush()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_joined_increments_are_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
+    assert "".join(increments(tokenizer, tokenizer.encode(text))) == text
+
+
+def test_joined_increments_are_the_decoding_of_any_tokens(tokenizer: Tokenizer) -> None:
+    """A model may emit bytes that are no text at all."""
+    rng = random.Random(0)
+    for _ in range(300):
+        token_ids = tuple(rng.randrange(1, 300) for _ in range(rng.randint(1, 40)))
+
+        assert "".join(increments(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_tokens_may_come_several_at_once(tokenizer: Tokenizer, size: int) -> None:
+    text = "".join(TEXTS)
+    token_ids = tokenizer.encode(text)
+    detokenizer = Detokenizer(tokenizer)
+    parts = [detokenizer.push(token_ids[i : i + size]) for i in range(0, len(token_ids), size)]
+
+    assert "".join(parts) + detokenizer.flush() == text
+
+
+def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("語")
+    assert len(token_ids) == 3, "the character was to be split"
+
+    assert increments(tokenizer, token_ids) == ["", "", "語", ""]
+
+
+def test_half_a_character_at_the_end_is_flushed_as_what_it_is(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("a語")[:-1]
+
+    assert increments(tokenizer, token_ids)[-1] == "\ufffd"
+
+
+def test_text_is_given_out_as_soon_as_it_is_certain(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("the quick brown fox")
+
+    assert all(increments(tokenizer, token_ids)[:-1])
+
+
+def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
+    the, eos = tokenizer.encode("the"), tokenizer.encode("<eos>")
+    assert len(eos) == 1
+
+    assert "".join(increments(tokenizer, (*the, *eos, *eos, *the))) == "thethe"

@@ -1,0 +1,236 @@
+"""From logits to tokens: each parameter, and that no row touches another."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.messages import RowOutcome
+from server.engine.sequence import Sequence
+from server.model.sampler import sample
+from server.types import GenerationRequest, SamplingParams
+
+V = 50
+EOS = frozenset({3})
+GREEDY = SamplingParams(max_tokens=9, temperature=0.0)
+
+
+def sequence(
+    sampling: SamplingParams,
+    *,
+    seed: int = 0,
+    prompt: tuple[int, ...] = (1,),
+    output: tuple[int, ...] = (),
+) -> Sequence:
+    seq = Sequence(GenerationRequest("r", prompt, sampling), index=0, seed=seed, arrival=0.0)
+    seq.output_token_ids = list(output)
+    return seq
+
+
+def one(logits: Tensor, seq: Sequence) -> int:
+    (outcome,) = sample(logits[None], [seq], EOS)
+    assert outcome.token_id is not None
+    return outcome.token_id
+
+
+def draws(logits: Tensor, sampling: SamplingParams, count: int = 2000) -> Counter[int]:
+    return Counter(one(logits, sequence(sampling, seed=seed)) for seed in range(count))
+
+
+def random_logits(rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def test_temperature_zero_takes_the_largest_logit() -> None:
+    logits = random_logits(8)
+
+    outcomes = sample(logits, [sequence(GREEDY)] * 8, EOS)
+
+    assert [o.token_id for o in outcomes] == logits.argmax(-1).tolist()
+
+
+def test_tokens_come_as_often_as_their_probability_says() -> None:
+    probabilities = [0.5, 0.3, 0.15, 0.05]
+    counts = draws(torch.tensor(probabilities).log(), SamplingParams(temperature=1.0), 4000)
+
+    for token, p in enumerate(probabilities):
+        assert abs(counts[token] / 4000 - p) < 4.5 * math.sqrt(p * (1 - p) / 4000)
+
+
+def test_temperature_divides_the_logits() -> None:
+    counts = draws(torch.tensor([0.9, 0.1]).log(), SamplingParams(temperature=2.0), 4000)
+
+    assert abs(counts[0] / 4000 - 0.75) < 0.03  # sqrt(0.9) : sqrt(0.1) = 3 : 1
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-60, 1e-40, 1e-9])
+def test_a_tiny_temperature_is_nearly_greedy_and_not_zero_divided_by_zero(
+    temperature: float,
+) -> None:
+    """As float32 1e-60 is 0, and 0/0 made every row answer token 0."""
+    logits = random_logits(1)[0]
+    logits[0] = -9.0
+
+    assert one(logits, sequence(SamplingParams(temperature=temperature))) == int(logits.argmax())
+
+
+def test_top_k_keeps_the_k_most_probable() -> None:
+    logits = torch.linspace(0, 1, 10)
+
+    assert set(draws(logits, SamplingParams(top_k=3), 600)) == {7, 8, 9}
+    assert set(draws(logits, SamplingParams(top_k=10), 600)) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"), [(0.4, {0}), (0.5, {0}), (0.6, {0, 1}), (0.96, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, expected: set[int]) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    assert set(draws(logits, SamplingParams(top_p=top_p), 600)) == expected
+
+
+@pytest.mark.parametrize(("min_p", "expected"), [(1.0, {0}), (0.5, {0, 1}), (0.05, {0, 1, 2, 3})])
+def test_min_p_keeps_what_is_near_the_most_probable(min_p: float, expected: set[int]) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    assert set(draws(logits, SamplingParams(min_p=min_p), 600)) == expected
+
+
+def test_penalties_equal_a_case_worked_by_hand() -> None:
+    """Prompt 0 and 1, output 1 twice and 2 once; repetition 2, frequency 0.5, presence 0.25.
+
+    0: 4 / 2 = 2;  1: 6 / 2 - 2 * 0.5 - 0.25 = 1.75;  2: -1 * 2 - 0.5 - 0.25 = -2.75;  3 stays.
+    """
+    sampling = SamplingParams(
+        temperature=0.0, repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25
+    )
+    logits = torch.tensor([4.0, 6.0, -1.0, 0.0])
+    seq = sequence(sampling, prompt=(0, 1), output=(1, 1, 2))
+    for value, expected in [(1.99, 0), (2.01, 3)]:
+        logits[3] = value
+        assert one(logits, seq) == expected
+    logits[0] = -50.0  # 0 is out of the way: next comes 1
+    for value, expected in [(1.74, 1), (1.76, 3)]:
+        logits[3] = value
+        assert one(logits, seq) == expected
+    logits[1] = -50.0  # then 2
+    for value, expected in [(-2.76, 2), (-2.74, 3)]:
+        logits[3] = value
+        assert one(logits, seq) == expected
+
+
+def test_each_penalty_by_its_own() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0])
+    cases = [
+        (SamplingParams(temperature=0.0, repetition_penalty=1.9), 0),
+        (SamplingParams(temperature=0.0, repetition_penalty=2.1), 1),
+        (SamplingParams(temperature=0.0, presence_penalty=0.9), 0),
+        (SamplingParams(temperature=0.0, presence_penalty=1.1), 1),
+        (SamplingParams(temperature=0.0, frequency_penalty=0.45), 0),
+        (SamplingParams(temperature=0.0, frequency_penalty=0.55), 1),
+    ]
+    for sampling, expected in cases:
+        assert one(logits, sequence(sampling, prompt=(2,), output=(0, 0))) == expected, sampling
+
+
+def test_no_stop_token_comes_before_min_tokens() -> None:
+    logits = torch.full((V,), -5.0)
+    logits[3], logits[4], logits[5] = 9.0, 8.0, 7.0
+    sampling = SamplingParams(
+        max_tokens=9, min_tokens=2, temperature=0.0, stop_token_ids=(4, V + 7)
+    )
+
+    assert [one(logits, sequence(sampling, output=(9,) * n)) for n in range(3)] == [5, 5, 3]
+
+
+def test_ignored_eos_is_not_blocked_by_min_tokens() -> None:
+    logits = torch.zeros(V)
+    logits[3] = 9.0
+    sampling = SamplingParams(max_tokens=9, min_tokens=2, temperature=0.0, ignore_eos=True)
+
+    assert one(logits, sequence(sampling)) == 3
+
+
+def test_a_seed_repeats_and_seeds_and_positions_differ() -> None:
+    logits = torch.zeros(1000)
+    sampling = SamplingParams()
+
+    def run(seed: int) -> list[int]:
+        return [one(logits, sequence(sampling, seed=seed, output=(0,) * n)) for n in range(20)]
+
+    assert run(5) == run(5)
+    assert len({tuple(run(seed)) for seed in (*range(10), -1, 2**64 - 1)}) >= 11
+    assert len(set(run(5))) > 15
+    assert run(5)[1:] != run(6)[:-1], "a seed is not the next one shifted"
+
+
+def test_a_row_is_the_same_alone_and_at_any_place_among_others() -> None:
+    logits = random_logits(9, seed=4)
+    sampling = SamplingParams(
+        temperature=0.9, top_p=0.95, min_p=0.01, presence_penalty=0.3, repetition_penalty=1.1
+    )
+    mine = [sequence(sampling, seed=n, output=(n,)) for n in range(9)]
+    alone = [one(logits[n], mine[n]) for n in range(9)]
+
+    for shift in range(9):
+        order = [(n + shift) % 9 for n in range(9)]
+        outcomes = sample(logits[order], [mine[n] for n in order], EOS)
+        assert [o.token_id for o in outcomes] == [alone[n] for n in order]
+
+
+def test_sampling_leaves_the_logits_of_others_and_its_own_as_they_are() -> None:
+    logits = random_logits(3)
+    before = logits.clone()
+    penalised = SamplingParams(max_tokens=9, min_tokens=3, presence_penalty=1.0, top_k=2)
+
+    sample(logits, [sequence(penalised, output=(1, 2))] * 3, EOS)
+
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams()], ids=["greedy", "sampled"])
+def test_a_non_finite_row_fails_alone(bad: float, sampling: SamplingParams) -> None:
+    logits = random_logits(4)
+    expected = sample(logits, [sequence(sampling, seed=9)] * 4, EOS)
+    logits[2, 17] = bad
+
+    outcomes = sample(logits, [sequence(sampling, seed=9)] * 4, EOS)
+
+    assert outcomes[2].error is not None
+    assert outcomes[2].token_id is None
+    assert [o for n, o in enumerate(outcomes) if n != 2] == [
+        o for n, o in enumerate(expected) if n != 2
+    ]
+
+
+def test_a_row_where_nothing_is_possible_fails() -> None:
+    assert sample(torch.full((1, V), -math.inf), [sequence(GREEDY)], EOS)[0].error is not None
+
+
+def test_ids_outside_of_the_logits_harm_nobody() -> None:
+    """Checked against the tokenizer they are fine, and would write into a neighbour's logits."""
+    sampling = SamplingParams(
+        max_tokens=9,
+        min_tokens=5,
+        temperature=0.0,
+        stop_token_ids=(V, V + 1),
+        repetition_penalty=2.0,
+        frequency_penalty=0.5,
+    )
+    seq = sequence(sampling, prompt=(V, V + 900), output=(V + 3,))
+    logits = random_logits(2)
+    logits[:, 3] = -9.0
+
+    outcomes = sample(logits, [seq, sequence(GREEDY)], EOS)
+
+    assert outcomes == [RowOutcome(token_id=t) for t in logits.argmax(-1).tolist()]
+
+
+def test_no_rows_give_no_outcomes() -> None:
+    assert sample(torch.empty(0, V), [], EOS) == []
