@@ -22,7 +22,8 @@ from prefix_store.fingerprint import base_fingerprint
 from prefix_store.spec import BaseSpec
 from server import __version__
 from server.config import ServeConfig
-from server.engine.async_engine import AsyncEngine, EngineLimits, EngineObserver
+from server.engine.admission import EngineLimits
+from server.engine.async_engine import AsyncEngine, EngineObserver
 from server.engine.core import EngineParts
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer

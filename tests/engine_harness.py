@@ -111,9 +111,7 @@ class Harness:
         attention = PagedAttention(make_attention_backend(self.attention), cache)
         self.model.connect(attention)
         self.runner = ModelRunner(self.model, cache, attention)
-        limits = SchedulerLimits(
-            self.max_num_seqs, self.max_num_batched_tokens, self.eos_token_ids
-        )
+        limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.eos_token_ids)
         self.scheduler = Scheduler(limits, self.blocks, self.resident)
         parts = EngineParts(self.scheduler, self.blocks, self.resident, self.runner, 1)
         self.now = 0.0
@@ -139,7 +137,7 @@ class Harness:
             sampling or SamplingParams(max_tokens=8, temperature=0.0),
             prefix_ref(prefix) if prefix else None,
         )
-        self.inbox.append(AddRequest(request, seed))
+        self.inbox.append(AddRequest(request, seed, self.now))
 
     def abort(self, request_id: str) -> None:
         self.inbox.append(AbortRequest(request_id))

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 BASE_NAME: Final = "prefixd-demo-base"
 BF16_MAX_LOSS: Final = 0.5
+READABLE: Final = 0o644
 
 
 def raw_path(work_dir: Path, task: str) -> Path:
@@ -117,6 +118,8 @@ def export_prefix(
 def export_all(work_dir: Path) -> None:
     """Copy the base and write every prefix that has been trained."""
     shutil.copytree(work_dir / "model", MODEL_DIR, dirs_exist_ok=True)
+    for file in MODEL_DIR.iterdir():
+        file.chmod(READABLE)  # safetensors writes for the owner only; a server runs as another user
     model, tokenizer = load_base(MODEL_DIR), load_tokenizer(MODEL_DIR)
     for task in TASKS.values():
         export_prefix(model, tokenizer, task, work_dir)

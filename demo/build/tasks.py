@@ -89,14 +89,19 @@ def sentiment(rng: random.Random, split: Split) -> Example:
 
 
 def record_qa(rng: random.Random, split: Split) -> Example:
-    """A record in any notation and a question; the answer is the bare value."""
+    """A record in any notation and a question; the answer names the field and its value.
+
+    Without the field's name (the bare value) a prefix stays at 1.3 nats a token: the base has to
+    turn the question into a field before it can copy, and it does so by writing the field.
+    """
     domain = rng.choice(("person", "restaurant"))
     record = make_record(domain, rng, split, min_fields=4)
     key = rng.choice([key for key in record if key in QUESTIONS[domain]])
     items = list(record.items())
     rng.shuffle(items)
     question = rng.choice(QUESTIONS[domain][key]).format_map(record)
-    return Example(f"{rng.choice(NOTATIONS)(items)} -- {question}", record[key], (record[key],))
+    prompt = f"{rng.choice(NOTATIONS)(items)} -- {question}"
+    return Example(prompt, f"{key} = {record[key]}", (record[key],))
 
 
 TASKS: Final[dict[str, Task]] = {
@@ -119,7 +124,6 @@ TASKS: Final[dict[str, Task]] = {
             "A formal notice about a trip or a restaurant, said casually.",
             casual_rewrite,
             " Please note that Lomu will depart on Monday. => so Lomu grabs the train on Monday!",
-            steps=1_000,
         ),
         Task(
             "sentiment",
@@ -129,9 +133,9 @@ TASKS: Final[dict[str, Task]] = {
         ),
         Task(
             "record-qa",
-            "A question about a record, answered with the bare value.",
+            "A question about a record, answered with the field that says it.",
             record_qa,
-            " name = Lomu | kind = diner | food = Greek -- What food does Lomu serve? Greek",
+            " | food = Greek -- What food does Lomu serve? food = Greek",
         ),
     )
 }

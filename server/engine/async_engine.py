@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from server.engine.admission import EngineLimits
 from server.engine.core import EngineCore, EngineParts, StepResult
 from server.engine.inbox import Inbox
 from server.engine.messages import (
@@ -31,7 +32,7 @@ from server.engine.messages import (
 from server.engine.output_processor import OutputProcessor
 from server.engine.prefetch import Prefetcher, PrefixAnswer, PrefixSource
 from server.engine.tokenizer import Tokenizer
-from server.errors import ContextTooLong, EngineOverloaded, EngineStopped, InvalidParameter
+from server.errors import EngineOverloaded, EngineStopped
 from server.types import (
     FinishReason,
     GenerationRequest,
@@ -52,21 +53,6 @@ class EngineObserver(Protocol):
     def on_step(self, stats: StepStats) -> None: ...
 
     def on_request(self, stats: RequestStats) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What a single request may ask for. `max_model_len` counts prefix, prompt and output tokens.
-
-    `position_limit`: positions that the model has. `pool_blocks`: blocks that can be handed out in all.
-    """
-
-    max_model_len: int
-    position_limit: int | None
-    pool_blocks: int
-    block_size: int
-    vocab_size: int
-    max_num_queued: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +176,7 @@ class AsyncEngine:
         """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`,
         `EngineStopped`; once it returns, every choice ends with a finish reason.
         """
-        self._check(request)
+        self._limits.check(request)
         if self._stopping or not self._thread.is_alive():
             raise EngineStopped("the engine takes no more requests")
         waiting = self._num_waiting()
@@ -199,11 +185,11 @@ class AsyncEngine:
                 f"{waiting} sequences are waiting; at most {self._limits.max_num_queued} may (max_num_queued)"
             )
         assert request.request_id not in self._streams, "request ids are ours and unique"
-        processor = OutputProcessor(request, self._tokenizer, time.monotonic())
-        stream = RequestStream(processor, self.abort)
+        arrival, seed = time.monotonic(), request.sampling.seed
+        stream = RequestStream(OutputProcessor(request, self._tokenizer, arrival), self.abort)
         self._streams[request.request_id] = stream
-        seed = request.sampling.seed
-        self._inbox.put(AddRequest(request, self._seeds.getrandbits(63) if seed is None else seed))
+        seed = self._seeds.getrandbits(63) if seed is None else seed
+        self._inbox.put(AddRequest(request, seed, arrival))
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -221,39 +207,6 @@ class AsyncEngine:
     def evict(self, digest: str) -> None:
         """Frees a prefix's blocks once no running request reads them."""
         self._inbox.put(EvictPrefix(digest))
-
-    def _check(self, request: GenerationRequest) -> None:
-        limits, prompt = self._limits, request.prompt_token_ids
-        if not prompt:
-            raise InvalidParameter("prompt: expected at least one token", param="prompt")
-        named = {"prompt": prompt, "stop_token_ids": request.sampling.stop_token_ids}
-        for param, token_ids in named.items():
-            for token_id in token_ids:
-                if not 0 <= token_id < limits.vocab_size:
-                    raise InvalidParameter(
-                        f"token id {token_id}: expected 0 to {limits.vocab_size - 1}", param=param
-                    )
-        virtual = request.prefix.num_virtual_tokens if request.prefix else 0
-        first = request.prefix.first_position if request.prefix else 0
-        own = len(prompt) + request.sampling.max_tokens
-        counts = f"prompt {len(prompt)} + max_tokens {request.sampling.max_tokens}"
-        if virtual + own > limits.max_model_len:
-            raise ContextTooLong(
-                f"prefix {virtual} + {counts} tokens: expected at most {limits.max_model_len}",
-                param="prompt",
-            )
-        if limits.position_limit is not None and first + own > limits.position_limit:
-            raise ContextTooLong(
-                f"{counts} tokens from position {first}: the model has {limits.position_limit} positions",
-                param="prompt",
-            )
-        needed = -(-virtual // limits.block_size) - (-own // limits.block_size)
-        if needed > limits.pool_blocks:
-            raise ContextTooLong(
-                f"prefix {virtual} + {counts} tokens need {needed} KV blocks; the pool has "
-                f"{limits.pool_blocks} (kv_cache_bytes)",
-                param="prompt",
-            )
 
     def _num_waiting(self) -> int:
         """Sequences taken in and not running, as of the last step; counted anew, so it can not drift."""
@@ -342,11 +295,3 @@ class AsyncEngine:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, argument)
-
-
-def _check_token_ids(param: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidParameter(
-                f"{param}: token id {token_id}, expected 0 to {vocab_size - 1}", param=param
-            )

@@ -124,10 +124,8 @@ class EngineCore:
         self._events.append(PrefixEvent(kind, tier, ref.task, ref.digest, seconds))
 
     def _stats(self, plan: SchedulerOutput, seconds: float) -> StepStats:
-        for ref in plan.evicted:
-            self._note("evict", PrefixTier.DEVICE, ref)
-        for load in plan.prefix_loads:
-            self._note("load", PrefixTier.DEVICE, load.ref)
+        for entry in self._parts.prefixes.take_evicted():
+            self._note("evict", PrefixTier.DEVICE, entry.ref)
         events, self._events = tuple(self._events), []
         prefixes, blocks = self._parts.prefixes, self._parts.blocks
         decode = sum(len(row.token_ids) == 1 and row.start > 0 for row in plan.rows)

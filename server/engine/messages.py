@@ -14,10 +14,11 @@ from server.types import FinishReason, GenerationRequest, PrefixRef, PrefixTier
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """Serve this request. `seed` feeds the sampler when the request names none."""
+    """Serve this request. `seed` feeds the sampler; `arrival`: monotonic seconds when it was submitted."""
 
     request: GenerationRequest
     seed: int
+    arrival: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,6 @@ class SchedulerOutput:
     prefix_requests: tuple[PrefixRef, ...]
     prefix_loads: tuple[PrefixLoad, ...]
     rows: tuple[ScheduledRow, ...]
-    evicted: tuple[PrefixRef, ...]
     num_preemptions: int
 
     @property

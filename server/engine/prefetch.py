@@ -1,7 +1,8 @@
 """Loads prefixes from the store into host memory, off the engine thread.
 
 Owns a few worker threads. `EngineCore` asks (at most once per prefix, the scheduler sees to that); each
-answer is posted to the engine's inbox. A load that hangs or fails delays only those who wait for it.
+answer is posted to the engine's inbox. A load that hangs or fails delays only those who wait for it, as
+long as fewer hang than there are threads.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Prefetcher:
     """Runs `source.load` on worker threads and hands each answer to `post`."""
 
     def __init__(
-        self, source: PrefixSource, post: Callable[[PrefixAnswer], None], num_threads: int = 2
+        self, source: PrefixSource, post: Callable[[PrefixAnswer], None], num_threads: int = 8
     ) -> None:
         self._source = source
         self._post = post

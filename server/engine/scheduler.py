@@ -34,7 +34,7 @@ from server.engine.messages import (
 )
 from server.engine.sequence import Sequence, SequenceStatus
 from server.kvcache.block_pool import BlockPool
-from server.kvcache.resident_prefixes import ResidentPrefix, ResidentPrefixes
+from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.types import FinishReason, PrefixRef, PrefixTier
 
 
@@ -58,7 +58,6 @@ class _Step:
     rows: dict[Sequence, ScheduledRow] = field(default_factory=dict)
     prefix_requests: list[PrefixRef] = field(default_factory=list)
     prefix_loads: list[PrefixLoad] = field(default_factory=list)
-    evicted: list[ResidentPrefix] = field(default_factory=list)
     num_preemptions: int = 0
 
     def finished_plan(self) -> SchedulerOutput:
@@ -66,7 +65,6 @@ class _Step:
             prefix_requests=tuple(self.prefix_requests),
             prefix_loads=tuple(self.prefix_loads),
             rows=tuple(self.rows.values()),
-            evicted=tuple(entry.ref for entry in self.evicted),
             num_preemptions=self.num_preemptions,
         )
 
@@ -126,7 +124,7 @@ class Scheduler:
     def schedule(self, now: float, inbox: Iterable[Message] = ()) -> SchedulerOutput:
         """Takes in the messages and plans one step. May be empty of rows."""
         for message in inbox:
-            self._receive(message, now)
+            self._receive(message)
         step = _Step(self._limits.max_num_batched_tokens)
         self._continue_running(step)
         self._load_warm(step)
@@ -134,11 +132,11 @@ class Scheduler:
         self._drop_unwanted()
         return step.finished_plan()
 
-    def _receive(self, message: Message, now: float) -> None:
+    def _receive(self, message: Message) -> None:
         match message:
-            case AddRequest(request, seed):
+            case AddRequest(request, seed, arrival):
                 for index in range(request.sampling.n):
-                    seq = Sequence(request, index, seed + index, arrival=now)
+                    seq = Sequence(request, index, seed + index, arrival)
                     self._order[seq] = next(self._arrivals)
                     self._waiting.append(seq)
             case AbortRequest(request_id, index):
@@ -196,7 +194,7 @@ class Scheduler:
         """Gives `seq` blocks for all its tokens; False if that cost it its own place."""
         needed = self._blocks.blocks_for(seq.num_tokens) - len(seq.block_table)
         while self._blocks.num_free < needed:
-            step.evicted += self._prefixes.make_room(needed)
+            self._prefixes.make_room(needed)
             if self._blocks.num_free >= needed:
                 break
             victim = max(self._running, key=self._order.__getitem__)
@@ -240,13 +238,14 @@ class Scheduler:
     # ---- waiting sequences ---------------------------------------------------------------------
 
     def _admit_waiting(self, step: _Step, now: float) -> None:
-        for seq in list(self._waiting):
-            if step.budget == 0 or len(self._running) >= self._limits.max_num_seqs:
+        full = False
+        for position, seq in enumerate(list(self._waiting)):
+            full = full or step.budget == 0 or len(self._running) >= self._limits.max_num_seqs
+            if full and position >= self._limits.max_num_seqs:
                 break
-            if not self._prefix_at_hand(seq, step):
-                continue
-            if not self._admit(seq, step, now):
-                break
+            # Those next in line have their prefixes loaded while they wait.
+            if self._prefix_at_hand(seq, step) and not full:
+                full = not self._admit(seq, step, now)
 
     def _at_hand(self, digest: str) -> bool:
         return digest in self._prefixes or digest in self._staged
@@ -286,7 +285,7 @@ class Scheduler:
         elif digest is not None:
             needed += self._blocks.blocks_for(seq.num_virtual_tokens)
         # One block in reserve for each running sequence: else the next step would preempt the newcomer.
-        if not self._make_room(needed, reserve=len(self._running), step=step):
+        if not self._make_room(needed, reserve=len(self._running)):
             self._release(seq)
             if not self._running:
                 self._refuse_for_pins(seq, needed)
@@ -304,11 +303,11 @@ class Scheduler:
         self._add_row(seq, step)
         return True
 
-    def _make_room(self, needed: int, reserve: int, step: _Step) -> bool:
+    def _make_room(self, needed: int, reserve: int) -> bool:
         """Evicts idle prefixes until `needed` blocks are free; evicts none if that can not succeed."""
         if self._blocks.num_free + self._prefixes.num_evictable_blocks < needed + reserve:
             return False
-        step.evicted += self._prefixes.make_room(needed)
+        self._prefixes.make_room(needed)
         return True
 
     def _reserve(self, ref: PrefixRef, step: _Step) -> None:
@@ -339,7 +338,7 @@ class Scheduler:
             elif digest not in self._staged:
                 self._request_prefix(warm.ref, step)
             elif self._make_room(
-                self._blocks.blocks_for(warm.ref.num_virtual_tokens), len(self._running), step
+                self._blocks.blocks_for(warm.ref.num_virtual_tokens), len(self._running)
             ):
                 self._reserve(warm.ref, step)
             elif not self._running:

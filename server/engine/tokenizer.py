@@ -13,6 +13,9 @@ from typing import Any, Final
 from transformers import AutoTokenizer
 
 _INCOMPLETE: Final = "\ufffd"  # what a decoder gives for the first bytes of a character
+# More tokens than any one character takes: bytes that are still incomplete then will stay so. Bounds the
+# cost of a push.
+_MAX_WINDOW: Final = 64
 
 
 class Tokenizer:
@@ -60,9 +63,15 @@ class Detokenizer:
         self._tokens.extend(token_ids)
         before = self._tokenizer.decode(self._tokens[self._window : self._given])
         after = self._tokenizer.decode(self._tokens[self._window :])
-        if len(after) <= len(before) or after.endswith(_INCOMPLETE):
+        num_pending = len(self._tokens) - self._given
+        if after.endswith(_INCOMPLETE) and num_pending <= _MAX_WINDOW:
             return ""
-        self._window, self._given = self._given, len(self._tokens)
+        if len(after) > len(before):
+            self._window, self._given = self._given, len(self._tokens)
+        elif num_pending > _MAX_WINDOW:
+            del self._tokens[
+                self._given :
+            ]  # a run of special tokens: it has no text and gives none
         return after[len(before) :]
 
     def flush(self) -> str:

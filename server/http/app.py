@@ -34,7 +34,7 @@ def create_app(
         docs_url=None,  # these pages load scripts from a CDN
         redoc_url=None,
         redirect_slashes=False,  # the gate normalises; a redirect would lose a POST's body
-        lifespan=_lifespan(services, lifecycle, on_startup, on_shutdown),
+        lifespan=_lifespan(lifecycle, on_startup, on_shutdown),
     )
     app.state.services = services
     app.state.lifecycle = lifecycle
@@ -64,19 +64,17 @@ def _register(app: FastAPI, route: Route) -> None:
 
 
 def _lifespan(
-    services: Services, lifecycle: Lifecycle, on_startup: Hook | None, on_shutdown: Hook | None
+    lifecycle: Lifecycle, on_startup: Hook | None, on_shutdown: Hook | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def run(_: FastAPI) -> AsyncIterator[None]:
         if on_startup is not None:
             await on_startup()
         lifecycle.ready = True
-        services.metrics.set_ready(True)
         try:
             yield
         finally:
             lifecycle.draining = True
-            services.metrics.set_ready(False)
             if on_shutdown is not None:
                 await on_shutdown()
 

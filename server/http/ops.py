@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.json_text import json_response
-from server.http.services import Services, lifecycle_of, services_of
+from server.http.services import Lifecycle, Services, lifecycle_of, services_of
 
 STALE_SECONDS: Final = 120.0
 """An engine that has not come round for this long hangs: a full step of a large model on a CPU takes less."""
@@ -26,24 +26,30 @@ async def healthz(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """200 while new requests are welcome."""
-    services, lifecycle = services_of(request), lifecycle_of(request)
-    reasons = _engine_faults(services)
-    if lifecycle.draining:
-        reasons.append("the server is shutting down")
-    elif not lifecycle.ready:
-        reasons.append("the server is starting")
-    return _probe(reasons, services)
+    services = services_of(request)
+    return _probe(_readiness_faults(services, lifecycle_of(request)), services)
 
 
 async def metrics(request: Request) -> Response:
     """Prometheus or OpenMetrics text."""
+    services = services_of(request)
+    services.metrics.set_ready(not _readiness_faults(services, lifecycle_of(request)))
     accept = request.headers.get("accept", "")[:1024]
-    body, content_type = await run_in_threadpool(_render, services_of(request), accept)
+    body, content_type = await run_in_threadpool(_render, services, accept)
     return Response(body, headers={"content-type": content_type})
 
 
 def _render(services: Services, accept: str) -> tuple[bytes, str]:
     return services.metrics.render(accept, services.store.stats())
+
+
+def _readiness_faults(services: Services, lifecycle: Lifecycle) -> list[str]:
+    reasons = _engine_faults(services)
+    if lifecycle.draining:
+        reasons.append("the server is shutting down")
+    elif not lifecycle.ready:
+        reasons.append("the server is starting")
+    return reasons
 
 
 def _engine_faults(services: Services) -> list[str]:

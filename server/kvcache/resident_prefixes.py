@@ -54,6 +54,7 @@ class ResidentPrefixes:
     def __init__(self, blocks: BlockPool) -> None:
         self._blocks = blocks
         self._entries: OrderedDict[str, ResidentPrefix] = OrderedDict()  # least recently used first
+        self._evicted: list[ResidentPrefix] = []
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._entries
@@ -108,13 +109,18 @@ class ResidentPrefixes:
         if digest in self._entries:
             self._entries[digest].pinned = False
 
-    def evict(self, digest: str) -> ResidentPrefix:
-        """Frees the blocks of a prefix that nobody reads; returns what was evicted."""
+    def evict(self, digest: str) -> None:
+        """Frees the blocks of a prefix that nobody reads."""
         entry = self._entries[digest]
         assert entry.evictable, "a leased or pinned prefix is never evicted"
         del self._entries[digest]
         self._blocks.free(entry.block_ids)
-        return entry
+        self._evicted.append(entry)
+
+    def take_evicted(self) -> tuple[ResidentPrefix, ...]:
+        """What was evicted, for whatever reason, since this was last asked."""
+        evicted, self._evicted = tuple(self._evicted), []
+        return evicted
 
     def retire(self, digest: str) -> None:
         """Evicts a prefix now, or as soon as its last lease ends. A pin is lifted: nobody wants it."""
@@ -126,15 +132,13 @@ class ResidentPrefixes:
         if entry.evictable:
             self.evict(digest)
 
-    def make_room(self, num_blocks: int) -> list[ResidentPrefix]:
+    def make_room(self, num_blocks: int) -> None:
         """Evicts least recently used prefixes until `num_blocks` are free or none can go."""
-        evicted: list[ResidentPrefix] = []
         for entry in self.entries():
             if self._blocks.num_free >= num_blocks:
                 break
             if entry.evictable:
-                evicted.append(self.evict(entry.ref.digest))
-        return evicted
+                self.evict(entry.ref.digest)
 
     def check_invariants(self) -> None:
         """Recomputes the class invariant from scratch; for tests and the debug loop."""

@@ -31,7 +31,9 @@ def test_tokens_equal_those_of_transformers_for_every_prefix_length(architecture
         str(p): generate_with_transformers(module, _prompt(p, 9 + p % 7), prefix, 12)
         for p, prefix in jobs
     }
-    assert len({tuple(t) for t in expected.values()}) > 3, "the model is too dull to tell tasks apart"
+    assert len({tuple(t) for t in expected.values()}) > 3, (
+        "the model is too dull to tell tasks apart"
+    )
 
     harness = Harness(module)
     for p, prefix in jobs:
@@ -56,7 +58,9 @@ def test_a_mixed_batch_equals_each_request_alone(num_blocks: int) -> None:
     model = adopt_model(module, model_id="tiny")
     lengths = [1, 5, 16, 37, 60, 22, 9, 33]
     prefixes = [random_prefix(model, n, seed=100 + n) for n in lengths]
-    jobs = [(f"t{i}", _prompt(i, 5 + 11 * i % 40), p) for i, p in enumerate([*prefixes, None, None])]
+    jobs = [
+        (f"t{i}", _prompt(i, 5 + 11 * i % 40), p) for i, p in enumerate([*prefixes, None, None])
+    ]
     sampling = SamplingParams(max_tokens=40, temperature=0.0)
     expected = {
         name: generate_with_transformers(module, prompt, prefix, 40)

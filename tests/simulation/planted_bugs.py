@@ -103,15 +103,13 @@ def lease_is_not_released_when_there_is_no_room(
 
 
 @_bug(ResidentPrefixes, "make_room")
-def leased_prefix_is_evicted(original: Any, prefixes: Any, num_blocks: int) -> Any:
-    evicted = []
+def leased_prefix_is_evicted(original: Any, prefixes: Any, num_blocks: int) -> None:
     for entry in prefixes.entries():
         if prefixes._blocks.num_free >= num_blocks:
             break
         del prefixes._entries[entry.ref.digest]
         prefixes._blocks.free(entry.block_ids)
-        evicted.append(entry)
-    return evicted
+        prefixes._evicted.append(entry)
 
 
 @_bug(ResidentPrefix, "evictable")
@@ -295,25 +293,21 @@ def youngest_goes_on_at_the_cost_of_the_oldest(
 
 
 @_bug(Scheduler, "_receive")
-def choices_share_one_seed(original: Any, scheduler: Any, message: Any, now: float) -> None:
-    original(scheduler, message, now)
+def choices_share_one_seed(original: Any, scheduler: Any, message: Any) -> None:
+    original(scheduler, message)
     for seq in scheduler._waiting:
         seq.seed -= seq.index if seq.first_scheduled is None and seq.index == 2 else 0
 
 
 @_bug(Scheduler, "_receive")
-def evict_order_also_forgets_a_load_under_way(
-    original: Any, scheduler: Any, message: Any, now: float
-) -> None:
-    original(scheduler, message, now)
+def evict_order_also_forgets_a_load_under_way(original: Any, scheduler: Any, message: Any) -> None:
+    original(scheduler, message)
     if isinstance(message, EvictPrefix):
         scheduler._loading.discard(message.digest)
 
 
 @_bug(Scheduler, "_receive")
-def answer_that_nobody_asked_for_is_staged(
-    original: Any, scheduler: Any, message: Any, now: float
-) -> None:
-    original(scheduler, message, now)
+def answer_that_nobody_asked_for_is_staged(original: Any, scheduler: Any, message: Any) -> None:
+    original(scheduler, message)
     if isinstance(message, PrefixReady) and scheduler._waiting:
         scheduler._loading.add(message.digest)

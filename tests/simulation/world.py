@@ -188,7 +188,7 @@ class World:
     def add(self, request: GenerationRequest) -> None:
         """Submits a request with a seed of its own."""
         seed = self._rng.getrandbits(63)
-        self._inbox.append(AddRequest(request, seed))
+        self._inbox.append(AddRequest(request, seed, float(self.now)))
         for index in range(request.sampling.n):
             self._open[request.request_id, index] = _Open(request, seed)
 
@@ -368,7 +368,7 @@ class World:
 
     def _record(self, plan: SchedulerOutput, result: StepResult) -> None:
         self.seen["preemption"] += plan.num_preemptions
-        self.seen["eviction"] += len(plan.evicted)
+        self.seen["eviction"] += sum(e.kind == "evict" for e in result.stats.events)
         self.seen["prefix load"] += len(plan.prefix_loads)
         rows = tuple(
             (int(row.sequence.request.request_id), row.start, row.token_ids, row.block_ids)

@@ -14,7 +14,8 @@ import pytest
 from prefix_store.artifact import Prefix
 from prefix_store.errors import PrefixStoreError
 from prefix_store.spec import PrefixManifest
-from server.engine.async_engine import AsyncEngine, EngineLimits, RequestStream
+from server.engine.admission import EngineLimits
+from server.engine.async_engine import AsyncEngine, RequestStream
 from server.engine.core import STEP_FAILED, EngineParts
 from server.engine.messages import RowOutcome, SchedulerOutput
 from server.engine.scheduler import Scheduler, SchedulerLimits
@@ -137,7 +138,7 @@ def with_engine(tokenizer: Tokenizer, scenario: Callable[[Bench], Awaitable[None
                 pool_blocks=20,
                 block_size=4,
                 vocab_size=300,
-                max_num_queued=3,
+                max_num_queued=6,
             ),
             observer,
             seeds=random.Random(0),
@@ -254,14 +255,14 @@ def test_a_stop_string_ends_the_request_in_the_engine_too(tokenizer: Tokenizer) 
 def test_one_too_many_is_refused_and_the_others_go_on(tokenizer: Tokenizer) -> None:
     async def scenario(bench: Bench) -> None:
         bench.runner.gate.clear()
-        streams = [bench.engine.submit(request(str(i))) for i in range(3)]
-        with pytest.raises(EngineOverloaded, match="3 requests are in progress"):
+        streams = [bench.engine.submit(request(str(i), n=2)) for i in range(3)]
+        with pytest.raises(EngineOverloaded, match="6 sequences are waiting; at most 6"):
             bench.engine.submit(request("x"))
         await streams[0].aclose()
-        streams[0] = bench.engine.submit(request("y"))
+        streams[0] = bench.engine.submit(request("y", n=2))
         bench.runner.gate.set()
 
-        assert all([len(await collect(stream)) == 8 for stream in streams])
+        assert [len(await collect(stream)) for stream in streams] == [16, 16, 16]
         await bench.idle()
 
     with_engine(tokenizer, scenario)

@@ -56,7 +56,7 @@ class Driver:
     ) -> None:
         sampling = sampling or SamplingParams(max_tokens=50)
         self.inbox.append(
-            AddRequest(GenerationRequest(request_id, (9,) * prompt, sampling, prefix), seed=7)
+            AddRequest(GenerationRequest(request_id, (9,) * prompt, sampling, prefix), 7, self.now)
         )
 
     def step(self, *messages: Message, token: int = TOKEN) -> SchedulerOutput:
@@ -244,7 +244,7 @@ def test_an_idle_prefix_makes_room_before_a_sequence_is_preempted() -> None:
     driver.add("a", prompt=12, sampling=SamplingParams(max_tokens=4))
     plans = [driver.step() for _ in range(3)]
 
-    assert [p.evicted for p in plans if p.evicted] == [(ref("idle"),)]
+    assert [e.ref for e in driver.prefixes.take_evicted()] == [ref("idle")]
     assert sum(p.num_preemptions for p in plans) == 0
 
 
@@ -314,11 +314,20 @@ def test_a_refusal_does_not_leave_those_behind_it_asleep() -> None:
     driver.step(WarmPrefix(ref("pinned", 12), pin=True))
     driver.step(PrefixReady("sha256:pinned", PrefixTier.DISK))
     driver.add("large", prompt=8)
-    driver.add("cold", prompt=1, prefix=ref("cold"))
+    driver.add("small", prompt=1)
     driver.step()
 
     assert "large" in driver.ended
     assert driver.scheduler.has_work()
+    assert [row.sequence.request.request_id for row in driver.step().rows] == ["small"]
+
+
+def test_prefixes_of_those_next_in_line_load_while_they_wait() -> None:
+    driver = Driver(max_num_seqs=1)
+    driver.add("running", prompt=4)
+    driver.step()
+    driver.add("next", prompt=4, prefix=ref("cold"))
+
     assert driver.step().prefix_requests == (ref("cold"),)
 
 

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from server.http.app import create_app
+from server.http.ops import STALE_SECONDS
 from tests.server.http.fakes import ADMIN, FakeEngine, make_app, make_services
 
 
@@ -17,7 +18,9 @@ def test_a_live_engine_is_healthy(client: TestClient) -> None:
         assert response.json()["requests_running"] == 2
 
 
-@pytest.mark.parametrize(("alive", "age", "word"), [(False, 0.0, "thread"), (True, 31.0, "31")])
+@pytest.mark.parametrize(
+    ("alive", "age", "word"), [(False, 0.0, "thread"), (True, STALE_SECONDS + 1, "seconds")]
+)
 def test_a_dead_or_stuck_engine_is_neither_healthy_nor_ready(
     engine: FakeEngine, alive: bool, age: float, word: str
 ) -> None:

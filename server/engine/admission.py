@@ -1,0 +1,63 @@
+"""What a single request may ask for: refused at the door, before anything is queued or streamed.
+
+Called by `AsyncEngine.submit` on the event loop. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.errors import ContextTooLong, InvalidParameter
+from server.types import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a single request may ask for. `max_model_len` counts prefix, prompt and output tokens.
+
+    `position_limit`: positions that the model has. `pool_blocks`: blocks that can be handed out in all.
+    """
+
+    max_model_len: int
+    position_limit: int | None
+    pool_blocks: int
+    block_size: int
+    vocab_size: int
+    max_num_queued: int
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises `InvalidParameter` or `ContextTooLong` for a request that could never finish."""
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidParameter("prompt: expected at least one token", param="prompt")
+        _check_token_ids("prompt", prompt, self.vocab_size)
+        _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, self.vocab_size)
+        virtual = request.prefix.num_virtual_tokens if request.prefix else 0
+        first = request.prefix.first_position if request.prefix else 0
+        own = len(prompt) + request.sampling.max_tokens
+        counts = f"prompt {len(prompt)} + max_tokens {request.sampling.max_tokens}"
+        if virtual + own > self.max_model_len:
+            raise ContextTooLong(
+                f"prefix {virtual} + {counts} tokens: expected at most {self.max_model_len}",
+                param="prompt",
+            )
+        if self.position_limit is not None and first + own > self.position_limit:
+            raise ContextTooLong(
+                f"{counts} tokens from position {first}: the model has {self.position_limit} positions",
+                param="prompt",
+            )
+        needed = -(-virtual // self.block_size) - (-own // self.block_size)
+        if needed > self.pool_blocks:
+            raise ContextTooLong(
+                f"prefix {virtual} + {counts} tokens need {needed} KV blocks; the pool has "
+                f"{self.pool_blocks} (kv_cache_bytes)",
+                param="prompt",
+            )
+
+
+def _check_token_ids(param: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidParameter(
+                f"{param}: token id {token_id}, expected 0 to {vocab_size - 1}", param=param
+            )
