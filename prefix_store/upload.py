@@ -15,9 +15,8 @@ from prefix_store.backends.base import StagedBlob
 from prefix_store.catalog import Catalog
 from prefix_store.errors import ArtifactTooLarge, DigestMismatch, Problem, StoreFailed
 from prefix_store.header import LENGTH_BYTES, MAX_HEADER_BYTES, read_header
-from prefix_store.importers.incoming import recognise
+from prefix_store.importers.incoming import Incoming, recognise
 from prefix_store.importers.recognition import ImportOptions
-from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.spec import BaseSpec, PrefixManifest, PrefixVersion, digest_of
 from prefix_store.validation import (
     Limits,
@@ -76,17 +75,19 @@ class Upload:
 
     def translate(
         self, options: ImportOptions, *, expected_sha256: str | None = None
-    ) -> bytes | SoftPrompt | None:
+    ) -> Incoming | None:
         """What to store in place of a file that is not an artifact as it is; None: commit it.
 
-        The bytes of an artifact, ready for another upload, or a soft prompt that must be baked first.
         Raises `DigestMismatch`, `MalformedArtifact`, `IncompatiblePrefix`, `ImportRefused`, `RebaseRefused`.
         """
         with self._lock:
             self._check_digest(expected_sha256)
             head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
             found = recognise(head, self._staged.num_bytes, self._base, self._limits, options)
-            return None if found is None else found.read(self._read_back(), self._staged.digest)
+            if found is None:
+                return None
+            content = found.read(self._read_back(), self._staged.digest)
+            return Incoming(found.recognition, content)
 
     def commit(
         self,

@@ -31,7 +31,7 @@ LONGER_FOR_A_REASON = {
     "server/metrics.py": 370,  # every series in one file; a list, not a depth
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
-BUDGET_LINES = {"server": 7_000, "prefix_store": 2_700, "demo": 2_500}
+BUDGET_LINES = {"server": 8_200, "prefix_store": 3_600, "demo": 2_500}
 
 RUN_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS_THAT_RUN_CODE = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "numpy.load"}

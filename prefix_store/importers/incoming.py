@@ -20,6 +20,14 @@ from prefix_store.tensor_file import read_fields, read_tensor_file
 from prefix_store.validation import Limits, accept, require_compatible
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What a file became: the bytes of an artifact, or a soft prompt that must be baked first."""
+
+    recognition: Recognition
+    content: bytes | SoftPrompt
+
+
 class ForeignFile(Protocol):
     """A file that must be changed before it can be stored."""
 

@@ -6,12 +6,16 @@ Pure functions on any thread; called by the importers, by the server when it bak
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
 from prefix_store.artifact import encode
 from prefix_store.importers.recognition import Provenance
 from prefix_store.spec import BaseModelRef, BaseSpec, PrefixManifest
+
+LayerTensors: TypeAlias = tuple[list[Tensor], list[Tensor]]
+"""Keys and values per layer, each `[P, H_kv, D]`."""
 
 
 def native_artifact(
