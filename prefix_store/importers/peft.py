@@ -19,12 +19,11 @@ from prefix_store.errors import ImportRefused, Problem
 from prefix_store.importers.geometry import (
     MULTITASK,
     PEFT_TYPES,
-    SOFT_TYPES,
     RowGeometry,
     is_prefix,
     row_geometry,
 )
-from prefix_store.importers.native import native_artifact
+from prefix_store.importers.native import LayerTensors, native_artifact
 from prefix_store.importers.recognition import (
     UNKNOWN_BASE,
     ImportOptions,
@@ -55,18 +54,27 @@ class PeftFile:
 
     def read(self, data: bytearray, digest: str) -> bytes | SoftPrompt:
         """The native artifact, or the soft prompt, that is in `data`. Raises `ImportRefused`."""
-        details: dict[str, JsonValue] = {"container": "adapter_model.safetensors"}
-        if self.task_index is not None:
-            details["task_index"] = self.task_index
-        provenance = Provenance("peft", self.recognition, digest, details)
+        found = self.read_tensors(data, digest)
+        if isinstance(found, SoftPrompt):
+            return found
+        return native_artifact(self.base, *found, self._provenance(digest))
+
+    def read_tensors(self, data: bytearray, digest: str) -> LayerTensors | SoftPrompt:
+        """The same before it is written down as an artifact."""
         embeddings = self._tensor(data, PROMPT)
         if self.rows is not None:
-            keys, values = split_rows(embeddings, self.rows, self.base)
-            return native_artifact(self.base, keys, values, provenance)
+            return split_rows(embeddings, self.rows, self.base)
         if self.task_index is not None:
             cols, rows = self._tensor(data, COLS), self._tensor(data, ROWS)
             embeddings = embeddings * (cols[self.task_index] @ rows[self.task_index])
-        return SoftPrompt(checked_embeddings(embeddings, self.limits.max_abs_value), provenance)
+        checked = checked_embeddings(embeddings, self.limits.max_abs_value)
+        return SoftPrompt(checked, self._provenance(digest))
+
+    def _provenance(self, digest: str) -> Provenance:
+        details: dict[str, JsonValue] = {"container": "adapter_model.safetensors"}
+        if self.task_index is not None:
+            details["task_index"] = self.task_index
+        return Provenance("peft", self.recognition, digest, details)
 
     def _tensor(self, data: bytearray, name: str) -> Tensor:
         entry = self.file.tensors[name]
@@ -76,9 +84,7 @@ class PeftFile:
         return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(entry.shape)
 
 
-def split_rows(
-    embeddings: Tensor, rows: RowGeometry, base: BaseSpec
-) -> tuple[list[Tensor], list[Tensor]]:
+def split_rows(embeddings: Tensor, rows: RowGeometry, base: BaseSpec) -> LayerTensors:
     """`[P, 2*L*H*D]` -> K (slot 2l) and V (slot 2l + 1) of each layer l, `[P, H_l, D_l]`."""
     num_tokens = embeddings.shape[0]
     slots = embeddings.view(num_tokens, 2 * rows.num_layers, rows.num_heads, rows.head_dim)
@@ -209,6 +215,3 @@ def _check_num_tokens(num_tokens: int, base: BaseSpec, limits: Limits) -> None:
             f"the prefix has {num_tokens} tokens, this server and its model allow {max(allowed, 0)}"
         )
         raise ImportRefused.at(f"/tensors/{PROMPT}/shape", detail)
-
-
-__all__ = ["KEYS", "SOFT_TYPES", "PeftFile", "recognise", "split_rows"]
