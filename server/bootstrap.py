@@ -11,7 +11,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # the offline commands need no web framework
     from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
+
+DEMO_MODEL_ID: Final = "demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +149,10 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     source_id: str | Path = source if source.is_dir() else str(config.model)
     model = load_model(
         source_id,
-        revision=config.revision,
-        dtype=_dtype(config),
         device=pick_device(config.device),
+        dtype=_dtype(config),
+        revision=config.revision,
+        model_id=config.served_model_name or (DEMO_MODEL_ID if config.model is None else None),
     )
     backend = make_attention_backend(config.attention)
     logger.info("self-check: relative difference %.1e", self_check(model, backend))

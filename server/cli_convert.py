@@ -43,5 +43,6 @@ def convert(
         text for name, value in given.items() if value is not None for text in (name, str(value))
     ]
     flags += ["--rebase"] * rebase
-    command = [sys.executable, "-m", "converter", *flags, "--", str(src), str(dst)]
+    # -P: a directory that happens to be called "converter" where the user stands is not ours.
+    command = [sys.executable, "-P", "-m", "converter", *flags, "--", str(src), str(dst)]
     return subprocess.run(command, check=False).returncode  # noqa: S603 - a list, no shell

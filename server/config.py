@@ -99,6 +99,11 @@ class ServeConfig(BaseSettings):
     model: Annotated[str | None, Parameter(group=_MODEL)] = Field(
         default=None, description="Hugging Face id or folder; the bundled demo model if left out"
     )
+    served_model_name: Annotated[str | None, Parameter(group=_MODEL)] = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+        description="The base model's id in the API; its hub id or folder name if left out",
+    )
     revision: Annotated[str | None, Parameter(group=_MODEL)] = Field(
         default=None, description="Branch, tag or commit of the model"
     )

@@ -8,6 +8,7 @@ that can not express is refused by name: here from the configuration, in `self_c
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from prefix_store.spec import KVLayout, LayerLayout
 from server.errors import ModelRefused
@@ -50,8 +52,8 @@ class LoadedModel:
     position_scheme: Literal["rope", "learned", "none"]
     rope_theta: float | None
     device: torch.device
-    hidden_size: int
-    num_attention_heads: int
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -91,9 +93,19 @@ def connect(module: nn.Module, attention: AttentionFunction) -> None:
 
 
 def load_model(
-    source: str | Path, *, revision: str | None = None, dtype: str = "auto", device: torch.device
+    source: str | Path,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    revision: str | None = None,
+    model_id: str | None = None,
 ) -> LoadedModel:
-    """Loads a directory or hub id, safetensors only, no remote code. Raises `ModelRefused`."""
+    """Loads a directory or hub id, safetensors only, no remote code. Raises `ModelRefused`.
+
+    `model_id` None: the hub id, or the directory's name.
+    """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     config = _load_config(str(source), revision)
     check_config(config)
     module = AutoModelForCausalLM.from_pretrained(
@@ -104,7 +116,7 @@ def load_model(
         use_safetensors=True,
         trust_remote_code=False,
     )
-    return adopt_model(module.to(device), model_id=_model_id(source))
+    return adopt_model(module.to(device), model_id=model_id or _model_id(source))
 
 
 def _load_config(source: str, revision: str | None) -> Any:
@@ -188,8 +200,9 @@ def adopt_model(module: nn.Module, *, model_id: str) -> LoadedModel:
         position_scheme="rope" if ropes else "learned" if limit else "none",
         rope_theta=float(ropes[0]["rope_theta"]) if ropes and "rope_theta" in ropes[0] else None,
         device=next(module.parameters()).device,
-        hidden_size=module.get_input_embeddings().embedding_dim,  # type: ignore[operator]
-        num_attention_heads=text.num_attention_heads,
+        # The width of what goes in, which OPT's and others' hidden_size is not.
+        hidden_size=getattr(module.get_input_embeddings(), "embedding_dim", None),  # type: ignore[operator]
+        num_attention_heads=getattr(text, "num_attention_heads", None),
     )
 
 

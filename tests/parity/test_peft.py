@@ -14,7 +14,7 @@ from tests.real_app import RealApp, real_app
 from tests.tiny_model_dir import save_tiny_model
 from tests.tiny_models import VOCAB, tiny_model
 
-ARCHITECTURES = ("llama", "gpt2", "opt", "mistral", "qwen3", "gemma2", "gemma3_text")
+ARCHITECTURES = ("llama", "gpt2", "opt", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text")
 PROMPT = [random.Random(3).randrange(3, VOCAB) for _ in range(11)]
 
 
@@ -97,3 +97,19 @@ def test_adapters_of_all_kinds_in_one_batch_give_what_each_gives_alone(
     assert dict(zip(adapters, tokens, strict=True)) == {
         task: adapter.generate(prompts[task], 20) for task, adapter in adapters.items()
     }
+
+
+def test_requests_under_way_do_not_notice_that_a_soft_prompt_is_baked(
+    windowed: RealApp, tmp_path: Path
+) -> None:
+    module = tiny_model("mistral", sliding_window=NUM_TOKENS - 3)
+    running = make_adapter("prefix", module, tmp_path / "running")
+    windowed.put("running", running.file)
+    soft = [make_adapter("prompt", module, tmp_path / str(i), seed=i).file for i in range(4)]
+
+    with ThreadPoolExecutor(2) as threads:
+        tokens = threads.submit(windowed.tokens, "running", PROMPT, 60)
+        for data in soft:
+            assert windowed.put("baked", data).status_code in (200, 201)
+
+    assert tokens.result() == running.generate(PROMPT, 60)
