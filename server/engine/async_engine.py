@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from server.engine.admission import EngineLimits
+from server.engine.calls import EngineCall, EngineCalls
 from server.engine.core import EngineCore, EngineParts, StepResult
 from server.engine.inbox import Inbox
 from server.engine.messages import (
@@ -121,7 +123,8 @@ class AsyncEngine:
         self._tokenizer = tokenizer
         self._observer = observer
         self._seeds = seeds
-        self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
+        self._inbox: Inbox[Message | PrefixAnswer | EngineCall] = Inbox()
+        self._calls = EngineCalls(self._inbox.put)
         self._prefetcher = Prefetcher(source, self._inbox.put)
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
         self._streams: dict[str, RequestStream] = {}
@@ -172,13 +175,21 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoders, self._tokenizer.encode, prompt)
 
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, as `Tokenizer.encode_chat` gives and refuses them."""
+        encode = functools.partial(
+            self._tokenizer.encode_chat, messages, add_generation_prompt=add_generation_prompt
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
+
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`,
         `EngineStopped`; once it returns, every choice ends with a finish reason.
         """
         self._limits.check(request)
-        if self._stopping or not self._thread.is_alive():
-            raise EngineStopped("the engine takes no more requests")
+        self._require_running()
         waiting = self._num_waiting()
         if waiting + request.sampling.n > self._limits.max_num_queued:
             raise EngineOverloaded(
@@ -207,6 +218,18 @@ class AsyncEngine:
     def evict(self, digest: str) -> None:
         """Frees a prefix's blocks once no running request reads them."""
         self._inbox.put(EvictPrefix(digest))
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the engine thread between two steps: nothing else then uses the model.
+
+        Returns or raises what it does; raises `EngineStopped`. Running requests wait meanwhile.
+        """
+        self._require_running()
+        return await self._calls.run(function)
+
+    def _require_running(self) -> None:
+        if self._stopping or not self._thread.is_alive():
+            raise EngineStopped("the engine takes no more requests")
 
     def _num_waiting(self) -> int:
         """Sequences taken in and not running, as of the last step; counted anew, so it can not drift."""
@@ -262,7 +285,8 @@ class AsyncEngine:
         )
 
     def _fail_streams(self, reason: str) -> None:
-        """Ends every open stream with an error, so that no client waits for ever."""
+        """Ends every open stream and call with an error, so that no client waits for ever."""
+        self._calls.fail(reason)
         for stream in list(self._streams.values()):
             self._fail(stream, reason)
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 
 from server.http.admin import delete_task, get_task, list_tasks
+from server.http.admin_compile import CompileRequest, compile_task
 from server.http.admin_upload import put_task
 from server.http.completions import create_completion
 from server.http.generate import generate
@@ -55,6 +56,7 @@ ROUTES: Final = (
     Route("GET", "/admin/v1/tasks/{task}", get_task, Scope.ADMIN),
     Route("PUT", "/admin/v1/tasks/{task}", put_task, Scope.ADMIN),
     Route("DELETE", "/admin/v1/tasks/{task}", delete_task, Scope.ADMIN),
+    Route("POST", "/admin/v1/tasks/{task}/compile", compile_task, Scope.ADMIN, CompileRequest),
     Route("GET", "/metrics", metrics, Scope.INFER),
     Route("GET", "/healthz", healthz, Scope.PUBLIC),
     Route("GET", "/health", healthz, Scope.PUBLIC),
