@@ -14,6 +14,8 @@ MODEL_DIR: Final = DEMO_DIR / "model"
 PREFIXES_DIR: Final = DEMO_DIR / "prefixes"
 SAMPLES_FILE: Final = DEMO_DIR / "samples.json"
 SCORES_FILE: Final = DEMO_DIR / "scores.json"
+BASE_MODEL_ID: Final = "prefixd-demo-base"
+"""How the bundled prefixes name their base; which release of it, their fingerprint says."""
 
 
 @dataclass(frozen=True, slots=True)

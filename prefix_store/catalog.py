@@ -138,6 +138,10 @@ class Catalog:
             raise UnknownVersion(f"task {task!r} has no version {selector!r}")
         return found[-1]
 
+    def num_versions_ever(self, task: str) -> int:
+        """How many versions the task has had, deleted ones included. Raises as `live` does, but `UnknownTask`."""
+        return self._task_log(check_task_name(task)).num_versions
+
     def task(self, name: str) -> TaskInfo:
         """A task with its versions. Raises as `live` does."""
         live = self.live(name)

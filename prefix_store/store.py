@@ -151,6 +151,10 @@ class PrefixStore:
         """One task. Raises `InvalidTaskName`, `UnknownTask` or `PrefixUnavailable`."""
         return self._catalog.task(name)
 
+    def num_versions_ever(self, name: str) -> int:
+        """How many versions a task has had, deleted ones included; 0 for a name that was never used."""
+        return self._catalog.num_versions_ever(name)
+
     def similar(self, name: str, limit: int = 5) -> list[str]:
         """Names of tasks that `name` may have been meant to be, the closest first."""
         names = [info.name for info in self.tasks()]

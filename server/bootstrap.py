@@ -17,7 +17,7 @@ import torch
 
 import demo
 from prefix_store import PrefixStore, PrefixVersion
-from prefix_store.errors import UnknownTask
+from prefix_store.errors import PrefixStoreError, UnknownTask
 from prefix_store.spec import BaseSpec
 from server import __version__
 from server.config import ServeConfig
@@ -143,6 +143,12 @@ def build(config: ServeConfig) -> Application:
 
 def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine:
     """Loads and checks the model, opens its store, sizes the pool, wires the engine."""
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens is {config.max_num_batched_tokens}, expected at least max_num_seqs "
+            f"({config.max_num_seqs}): each running sequence decodes one token a step"
+        )
+    backend = make_attention_backend(config.attention)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     source = demo.MODEL_DIR if config.model is None else Path(config.model).expanduser()
@@ -154,7 +160,6 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
         revision=config.revision,
         model_id=config.served_model_name or (DEMO_MODEL_ID if config.model is None else None),
     )
-    backend = make_attention_backend(config.attention)
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
     tokenizer = Tokenizer.load(source_id, revision=config.revision)
     base = base_spec(model)
@@ -167,6 +172,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     )
     if config.model is None:
         publish_demo_prefixes(store, base)
+    _check_pins(config, store)
     engine = _wire(config, model, backend, tokenizer, store, pool, observer)
     compiler = PrefixCompiler(engine.run, Baker(model, backend), base, store.limits)
     return ServingEngine(config, model, base, tokenizer, store, pool, engine, compiler)
@@ -199,11 +205,6 @@ def _wire(
     pool: PoolPlan,
     observer: EngineObserver,
 ) -> AsyncEngine:
-    if config.max_num_batched_tokens < config.max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens is {config.max_num_batched_tokens}, expected at least max_num_seqs "
-            f"({config.max_num_seqs}): each running sequence decodes one token a step"
-        )
     blocks = BlockPool(pool.num_blocks, pool.block_size)
     prefixes = ResidentPrefixes(blocks)
     kv_cache = KVCache(model.layout, pool.num_blocks, pool.block_size, model.device)
@@ -237,12 +238,27 @@ def _wire(
 
 
 def publish_demo_prefixes(store: PrefixStore, base: BaseSpec) -> None:
-    """Puts the bundled prefixes into the demo's store; leaves a task alone that the user has replaced."""
+    """Puts the bundled prefixes into the demo's store, each once: what a user replaced or deleted stays so.
+
+    A new release's base model makes the old bundled prefixes useless; those are replaced.
+    """
     for path in sorted(demo.PREFIXES_DIR.glob("*.safetensors")):
+        if store.num_versions_ever(path.stem) == 0 or _is_outdated(store, path.stem, base):
+            store.put(path.stem, path.read_bytes())
+
+
+def _is_outdated(store: PrefixStore, task: str, base: BaseSpec) -> bool:
+    """Whether the live version is a bundled one for another release's base model."""
+    try:
+        trained_on = store.resolve(task).manifest.base_model
+    except UnknownTask:
+        return False
+    return trained_on.id == demo.BASE_MODEL_ID and trained_on.fingerprint != base.fingerprint
+
+
+def _check_pins(config: ServeConfig, store: PrefixStore) -> None:
+    for task in config.pin:
         try:
-            live = store.resolve(path.stem)
-            if live.manifest.base_model.fingerprint == base.fingerprint:
-                continue
-        except UnknownTask:
-            pass
-        store.put(path.stem, path.read_bytes())
+            store.resolve(task)
+        except PrefixStoreError as error:
+            raise ConfigError(f"--pin {task}: {error}") from None

@@ -42,6 +42,7 @@ KEEP_ALIVE_SECONDS: Final = (
     75  # longer than a client's pool keeps its side open, or requests get lost
 )
 DRAIN_SECONDS: Final = 30
+FAREWELL_SECONDS: Final = 3  # before the end of the drain, answers that are still open are ended
 _HIDDEN: Final = "********"
 
 app = App(
@@ -136,11 +137,12 @@ def run_demo(
     async def on_started(application: Application, server: uvicorn.Server, url: str) -> None:
         from server.cli_demo import show_samples
 
-        await _print_banner(application, server, url)
-        came_out.append(await show_samples(url, application.serving.config.api_key))
-        if once:
-            server.should_exit = True
-        else:
+        try:
+            await _print_banner(application, server, url)
+            came_out.append(await show_samples(url, application.serving.config.api_key))
+        finally:
+            server.should_exit = server.should_exit or once
+        if not once:
             print("\nServing until Ctrl-C.", flush=True)
 
     status = _serve(config, on_started)
@@ -203,6 +205,11 @@ def _already_handled(_: int, __: FrameType | None) -> None:
     """The server has drained on this signal; there is nothing left to do."""
 
 
+async def _end_streams(application: Application, after_seconds: float) -> None:
+    await asyncio.sleep(after_seconds)
+    application.serving.engine.end_streams("the server is shutting down; try again")
+
+
 def _make_server(application: Application, on_started: OnStarted, url: str) -> uvicorn.Server:
     """uvicorn in one process, telling when it is up and, to the probes, when it goes down."""
     import uvicorn
@@ -212,6 +219,14 @@ def _make_server(application: Application, on_started: OnStarted, url: str) -> u
             await super().startup(sockets)
             if self.started:
                 self.greeting = asyncio.create_task(on_started(application, self, url))
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # uvicorn waits for open answers, then cuts them; those still open shortly before get a last word.
+            ending = asyncio.create_task(
+                _end_streams(application, DRAIN_SECONDS - FAREWELL_SECONDS)
+            )
+            await super().shutdown(sockets)
+            ending.cancel()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             application.app.state.lifecycle.draining = True

@@ -19,11 +19,15 @@ MAX_N: Final = 4
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended."""
+    """Why a sequence ended. The last three carry an error text: the answer is not whole.
+
+    ABORT: by whoever asked, or by the server going down. PREFIX_UNAVAILABLE: its prefix could not be loaded.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    PREFIX_UNAVAILABLE = "prefix_unavailable"
     ERROR = "error"
 
 

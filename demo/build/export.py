@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from demo import MODEL_DIR, PREFIXES_DIR, SAMPLES_FILE, SCORES_FILE, Sample
+from demo import BASE_MODEL_ID, MODEL_DIR, PREFIXES_DIR, SAMPLES_FILE, SCORES_FILE, Sample
 from demo.build import prefixes, scores
 from demo.build.base import load_base
 from demo.build.decoding import TENSOR_NAME, complete, load_prefix
@@ -28,7 +28,7 @@ from prefix_store.spec import BaseModelRef, GenerationDefaults, PrefixManifest
 
 log = logging.getLogger(__name__)
 
-BASE_NAME: Final = "prefixd-demo-base"
+
 BF16_MAX_LOSS: Final = 0.5
 READABLE: Final = 0o644
 
@@ -101,7 +101,7 @@ def export_prefix(
         model_type=model.config.model_type,
         rope_theta=float(model.config.rope_parameters["rope_theta"]),
         base_model=BaseModelRef(
-            id=BASE_NAME,
+            id=BASE_MODEL_ID,
             fingerprint=base_fingerprint(model),
             vocab_size=model.config.vocab_size,
         ),

@@ -151,7 +151,15 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
         self._prefetcher.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
-        self._fail_streams("the server is shutting down")
+        self.end_streams("the server is shutting down")
+
+    def end_streams(self, reason: str) -> None:
+        """Ends every open stream and call with a word to its client, and takes no more requests."""
+        self._stopping = True
+        self._calls.fail(reason)
+        for request_id, stream in list(self._streams.items()):
+            self._inbox.put(AbortRequest(request_id))
+            self._fail(stream, reason, FinishReason.ABORT)
 
     def status(self) -> EngineStatus:
         """A snapshot for probes; cheap."""
@@ -254,7 +262,7 @@ class AsyncEngine:
         except Exception:  # a tokenizer may stumble over an id; the others of the step go on
             logger.exception("the text of request %s could not be made", output.request_id)
             self._inbox.put(AbortRequest(output.request_id))
-            self._fail(stream, "the text of this request could not be made")
+            self._fail(stream, "the text of this request could not be made", FinishReason.ERROR)
             return
         if increment is None:
             return
@@ -264,8 +272,8 @@ class AsyncEngine:
         if stream.processor.finished:
             stream.end()
             del self._streams[output.request_id]
-            reason = increment.finish_reason
-            self._account(stream.processor, str(reason), increment)
+            outcome = "error" if increment.error else str(increment.finish_reason)
+            self._account(stream.processor, outcome, increment)
 
     def _account(
         self, processor: OutputProcessor, outcome: str, last: RequestOutput | None = None
@@ -284,18 +292,12 @@ class AsyncEngine:
             )
         )
 
-    def _fail_streams(self, reason: str) -> None:
-        """Ends every open stream and call with an error, so that no client waits for ever."""
-        self._calls.fail(reason)
-        for stream in list(self._streams.values()):
-            self._fail(stream, reason)
-
-    def _fail(self, stream: RequestStream, reason: str) -> None:
+    def _fail(self, stream: RequestStream, error: str, reason: FinishReason) -> None:
         del self._streams[stream.processor.request.request_id]
-        for output in stream.processor.fail(reason):
+        for output in stream.processor.fail(error, reason):
             stream.put(output)
         stream.end()
-        self._account(stream.processor, str(FinishReason.ERROR))
+        self._account(stream.processor, "error")
 
     # ---- engine thread -------------------------------------------------------------------------
 
@@ -311,7 +313,7 @@ class AsyncEngine:
         except Exception:
             logger.exception("the engine thread died")
             self._stopping = True
-            self._post(self._fail_streams, "the engine has failed")
+            self._post(self.end_streams, "the engine has failed")
             raise
 
     def _post(self, callback: Callable[[T], None], argument: T) -> None:

@@ -74,7 +74,10 @@ class OutputProcessor:
         sampling = self.request.sampling
         for _ in range(sampling.n):
             self._choices.append(
-                _Choice(Detokenizer(self.tokenizer), StopStringMatcher(sampling.stop))
+                _Choice(
+                    Detokenizer(self.tokenizer, self.request.prompt_token_ids),
+                    StopStringMatcher(sampling.stop),
+                )
             )
             self._last_token.append(None)
 
@@ -108,8 +111,8 @@ class OutputProcessor:
             timings=self.timings,
         )
 
-    def fail(self, reason: str) -> list[RequestOutput]:
-        """Ends every choice that has not ended, with an error."""
+    def fail(self, error: str, reason: FinishReason) -> list[RequestOutput]:
+        """Ends every choice that has not ended, with an error text."""
         outputs = []
         for index, choice in enumerate(self._choices):
             if not choice.finished:
@@ -121,8 +124,8 @@ class OutputProcessor:
                         text="",
                         token_ids=(),
                         num_output_tokens=choice.num_output_tokens,
-                        finish_reason=FinishReason.ERROR,
-                        error=reason,
+                        finish_reason=reason,
+                        error=error,
                         prefix_tier=self.prefix_tier,
                         timings=self.timings,
                     )
@@ -136,7 +139,9 @@ class OutputProcessor:
             text = choice.detokenizer.push([output.token_id])
         if output.finish_reason is not None:
             text += choice.detokenizer.flush()
-        text, stop = choice.stops.push(text)
+        stop = None
+        if choice.num_output_tokens >= self.request.sampling.min_tokens:
+            text, stop = choice.stops.push(text)
         if output.finish_reason is not None and stop is None:
             text += choice.stops.flush()
         return text, stop

@@ -176,7 +176,7 @@ class Scheduler:
         self._loading.discard(digest)
         self._warm.pop(digest, None)
         for seq in [s for s in self._waiting if s.digest == digest]:
-            self._finish(seq, FinishReason.ERROR, error=reason)
+            self._finish(seq, FinishReason.PREFIX_UNAVAILABLE, error=reason)
 
     # ---- running sequences ---------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ _INCOMPLETE: Final = "\ufffd"  # what a decoder gives for the first bytes of a c
 # More tokens than any one character takes: bytes that are still incomplete then will stay so. Bounds the
 # cost of a push.
 _MAX_WINDOW: Final = 64
+_CONTEXT: Final = 8  # prompt tokens that may influence the text of the first output token
 
 
 class Tokenizer:
@@ -78,11 +79,12 @@ class Detokenizer:
     character.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        """`prompt`: the tokens before the first; without them its leading space would be lost."""
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
+        self._tokens = list(prompt[-_CONTEXT:])
         self._window = 0  # first token that still influences the next one's text
-        self._given = 0  # tokens whose text has been given out
+        self._given = len(self._tokens)  # tokens whose text has been given out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that became certain with these tokens; may be empty."""

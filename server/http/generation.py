@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from prefix_store.errors import PrefixUnavailable
 from server.errors import ContextTooLong, EngineOverloaded, EngineStopped, GenerationFailed
 from server.http.schemas import SamplingFields
 from server.http.services import OutputStream, Services
@@ -96,7 +97,9 @@ class Generation:
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error or "the request failed while it ran")
         if output.finish_reason is FinishReason.ABORT:
-            raise EngineStopped("the request was ended by the server; try again")
+            raise EngineStopped(output.error or "the request was ended; try again")
+        if output.finish_reason is FinishReason.PREFIX_UNAVAILABLE:
+            raise PrefixUnavailable(output.error or "the prefix of this task can not be loaded")
         choice = self.choices[number * self._n + output.index]
         choice.take(output)
         self.timings = output.timings

@@ -45,11 +45,13 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def live_server(directory: Path, *flags: str) -> Iterator[LiveServer]:
+def live_server(
+    directory: Path, *flags: str, program: tuple[str, ...] = ("-m", "server")
+) -> Iterator[LiveServer]:
     """Starts the server, waits until it is ready, and has it shut down by SIGTERM in the end."""
     port = free_port()
     output = directory / f"server-{port}.log"
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), *flags]
+    command = [sys.executable, *program, "serve", "--port", str(port), *flags]
     environment = {
         **os.environ,
         "PREFIXD_ADMIN_KEY": ADMIN_KEY,

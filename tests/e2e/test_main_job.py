@@ -279,3 +279,43 @@ def test_an_upload_is_still_there_after_a_restart(
 
     assert answer["digest"] == put.json()["digest"]
     assert answer["token_ids"] == expected_tokens(directory, module, prefixes["alpha"], 24)
+
+
+def test_a_damaged_prefix_is_a_503_that_says_so_and_harms_no_other_task(
+    server: LiveServer, directory: Path, prefixes: dict[str, Prefix]
+) -> None:
+    with server.client() as client:
+        put = client.put(
+            "/admin/v1/tasks/damaged",
+            content=artifact(prefixes["beta"])[:-4] + b"\0\0\0\0",
+            headers=ADMIN,
+        )
+        assert put.status_code == 201, put.text
+        name = put.json()["digest"].removeprefix("sha256:")
+        (directory / "store" / "blobs" / name[:2] / name).write_bytes(b"not what was stored")
+
+        damaged = client.post("/v1/completions", json={"model": "damaged", "prompt": PROMPT})
+        healthy = client.post("/v1/completions", json={"model": "alpha", "prompt": PROMPT})
+
+    assert damaged.status_code == 503
+    assert damaged.json()["error"]["code"] == "prefix_unavailable"
+    assert healthy.status_code == 200
+
+
+def test_streams_that_outlive_the_drain_get_a_last_word(directory: Path) -> None:
+    quick = "import server.cli as c; c.DRAIN_SECONDS = 2; c.FAREWELL_SECONDS = 1.9; c.main()"
+    arguments = ("--model", str(directory / "model"), "--store", str(directory / "drain-store"))
+    body = {"model": "model", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "n": 4}
+    with (
+        live_server(directory, *arguments, program=("-c", quick)) as running,
+        running.client() as client,
+        client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        running.process.terminate()
+        rest = [line for line in lines if line]
+
+        assert rest[-1] == "data: [DONE]"
+        assert "shutting down" in rest[-2]
+        assert running.process.wait(timeout=10) == 0

@@ -201,11 +201,20 @@ def test_times_are_seconds_since_the_request_was_submitted(tokenizer: Tokenizer)
 def test_failing_ends_what_has_not_ended_and_nothing_twice(tokenizer: Tokenizer) -> None:
     p = processor(tokenizer, n=3)
     p.process(output(5, FinishReason.LENGTH, index=1), 11.0)
-    outputs = p.fail("the engine has failed")
+    outputs = p.fail("the engine has failed", FinishReason.ABORT)
 
     assert [(o.index, o.finish_reason, o.error) for o in outputs] == [
-        (0, FinishReason.ERROR, "the engine has failed"),
-        (2, FinishReason.ERROR, "the engine has failed"),
+        (0, FinishReason.ABORT, "the engine has failed"),
+        (2, FinishReason.ABORT, "the engine has failed"),
     ]
     assert p.finished
-    assert p.fail("again") == []
+    assert p.fail("again", FinishReason.ABORT) == []
+
+
+def test_a_stop_string_does_not_end_a_choice_before_min_tokens(tokenizer: Tokenizer) -> None:
+    (x,) = tokenizer.encode("x")
+    p = processor(tokenizer, stop=("x",), min_tokens=2)
+    outputs = [p.process(output(x), 11.0) for _ in range(3)]
+
+    assert [o.text for o in outputs if o] == ["x", "x", ""]
+    assert [o.finish_reason for o in outputs if o] == [None, None, FinishReason.STOP]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from server.engine.tokenizer import Detokenizer, Tokenizer
 
@@ -73,3 +76,23 @@ def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
     assert len(eos) == 1
 
     assert "".join(increments(tokenizer, (*the, *eos, *eos, *the))) == "thethe"
+
+
+def test_a_long_run_of_special_tokens_is_forgotten_and_costs_no_text(tokenizer: Tokenizer) -> None:
+    the, (eos,) = tokenizer.encode("the"), tokenizer.encode("<eos>")
+    detokenizer = Detokenizer(tokenizer)
+    for token in (*the, *[eos] * 500):
+        detokenizer.push([token])
+
+    assert len(detokenizer._tokens) < 100
+    assert detokenizer.push(tokenizer.encode(" dog")) + detokenizer.flush() == " dog"
+
+
+def test_the_first_word_keeps_its_space_where_a_decoder_drops_it_at_the_start() -> None:
+    raw = RawTokenizer(models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    metaspace = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw))
+    assert metaspace.decode([1]) == "world"
+
+    assert Detokenizer(metaspace, prompt=[0]).push([1]) == " world"

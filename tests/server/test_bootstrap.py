@@ -1,0 +1,62 @@
+"""What `bootstrap` decides by itself: which bundled prefixes are published, and what is refused early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import demo
+from prefix_store import PrefixStore
+from prefix_store.errors import UnknownTask
+from server.bootstrap import build_engine, publish_demo_prefixes
+from server.config import ServeConfig
+from server.errors import ConfigError
+from server.metrics import Metrics
+from server.model.base_spec import base_spec
+from server.model.loader import load_model
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PrefixStore:
+    model = load_model(demo.MODEL_DIR, device=torch.device("cpu"), dtype="float32")
+    opened = PrefixStore.open(tmp_path / "store", base_spec(model), host_cache_bytes=0)
+    publish_demo_prefixes(opened, opened.base)
+    return opened
+
+
+def test_bundled_prefixes_are_published_once(store: PrefixStore) -> None:
+    publish_demo_prefixes(store, store.base)
+
+    assert {info.name: len(info.versions) for info in store.tasks()} == {
+        path.stem: 1 for path in demo.PREFIXES_DIR.glob("*.safetensors")
+    }
+
+
+def test_a_bundled_task_that_a_user_replaced_or_deleted_stays_so(store: PrefixStore) -> None:
+    theirs = store.put("sentiment", (demo.PREFIXES_DIR / "record-qa.safetensors").read_bytes())
+    store.delete("record-qa")
+
+    publish_demo_prefixes(store, store.base)
+
+    assert store.resolve("sentiment").digest == theirs.version.digest
+    with pytest.raises(UnknownTask):
+        store.resolve("record-qa")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pin": ("nobody",)}, "--pin nobody"),
+        ({"attention": "wishful"}, "wishful"),
+        ({"max_num_seqs": 1024}, "max_num_batched_tokens"),
+    ],
+)
+def test_a_setting_that_can_not_work_is_refused_by_name(
+    settings: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    config = ServeConfig(store=tmp_path / "store", device="cpu", **settings)
+
+    with pytest.raises(ConfigError, match=named):
+        build_engine(config, Metrics())
