@@ -27,7 +27,7 @@ from server.engine.async_engine import AsyncEngine, EngineObserver
 from server.engine.core import EngineParts
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
-from server.errors import ConfigError
+from server.errors import ConfigError, PinRefused
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
 from server.kvcache.pool_plan import PoolPlan, plan_pool
@@ -70,9 +70,13 @@ class ServingEngine:
         """Starts the engine thread; makes the pinned tasks resident, and all of the demo's few."""
         await self.engine.start()
         for task in self.config.pin:
-            self.engine.warm(prefix_ref(self.store.resolve(task)), pin=True)
+            try:
+                await self.engine.pin(prefix_ref(self.store.resolve(task)))
+            except PinRefused as refused:  # a version that grew must not keep the server down
+                logger.error("--pin %s: %s", task, refused)
         for info in self.store.tasks() if self.is_demo else ():
-            self.engine.warm(prefix_ref(info.live))
+            if info.live is not None:
+                self.engine.warm(prefix_ref(info.live))
 
     async def stop(self) -> None:
         """Stops the engine, then gives the store up."""
@@ -103,6 +107,7 @@ def prefix_ref(version: PrefixVersion) -> PrefixRef:
 
 def build(config: ServeConfig) -> Application:
     """Model, store, engine, metrics and web application. Raises `PrefixdError` or `PrefixStoreError`."""
+    from prefix_store.audit_log import AuditLog
     from server.http.app import Services, create_app
 
     started = time.monotonic()
@@ -132,7 +137,13 @@ def build(config: ServeConfig) -> Application:
         api_key=config.api_key.get_secret_value() if config.api_key else None,
         max_body_bytes=int(config.max_body_bytes),
         version=__version__,
+        audit=AuditLog(config.store_dir / "audit"),
     )
+    if services.audit is not None and services.audit.torn_bytes:
+        logger.warning(
+            "the audit log had a torn last line; its %d bytes were removed",
+            services.audit.torn_bytes,
+        )
     app = create_app(services, on_startup=serving.start, on_shutdown=serving.stop)
     return Application(serving, metrics, app, seconds)
 
@@ -218,7 +229,10 @@ def _wire(
     attention = PagedAttention(backend, kv_cache)
     model.connect(attention)
     limits = SchedulerLimits(
-        config.max_num_seqs, config.max_num_batched_tokens, model.eos_token_ids
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        model.eos_token_ids,
+        config.pin_budget,
     )
     parts = EngineParts(
         scheduler=Scheduler(limits, blocks, prefixes),

@@ -27,11 +27,11 @@ CONFIGURATION = [
 
 MAX_LINES = 350
 LONGER_FOR_A_REASON = {
-    "server/engine/scheduler.py": 480,  # the policy and its invariants are read and judged in one piece
-    "server/metrics.py": 370,  # every series in one file; a list, not a depth
+    "server/engine/scheduler.py": 515,  # the policy and its invariants are read and judged in one piece
+    "server/metrics.py": 380,  # every series in one file; a list, not a depth
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
-BUDGET_LINES = {"server": 7_000, "prefix_store": 2_700, "demo": 2_500}
+BUDGET_LINES = {"server": 8_400, "prefix_store": 3_500, "demo": 2_500}
 
 RUN_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS_THAT_RUN_CODE = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "numpy.load"}

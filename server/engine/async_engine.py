@@ -25,17 +25,24 @@ from server.engine.messages import (
     AbortRequest,
     AddRequest,
     EvictPrefix,
+    FollowPin,
     Message,
+    PinTask,
+    ReportDevice,
     SequenceOutput,
+    UnpinTask,
     WarmPrefix,
 )
+from server.engine.orders import Orders
 from server.engine.output_processor import OutputProcessor
 from server.engine.prefetch import Prefetcher, PrefixAnswer, PrefixSource
 from server.engine.tokenizer import Tokenizer
-from server.errors import EngineOverloaded, EngineStopped
+from server.errors import EngineOverloaded, EngineStopped, PinRefused
 from server.types import (
+    DeviceReport,
     FinishReason,
     GenerationRequest,
+    PinState,
     PrefixRef,
     RequestOutput,
     RequestStats,
@@ -125,6 +132,7 @@ class AsyncEngine:
         self._prefetcher = Prefetcher(source, self._inbox.put)
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
         self._streams: dict[str, RequestStream] = {}
+        self._orders = Orders(self._inbox.put)
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -200,13 +208,40 @@ class AsyncEngine:
             stream.end()
             self._account(stream.processor, "cancelled")
 
-    def warm(self, ref: PrefixRef, *, pin: bool = False) -> None:
-        """Makes a prefix resident before the first request asks for it; `pin` keeps it there."""
-        self._inbox.put(WarmPrefix(ref, pin))
+    # ---- event loop: prefixes ------------------------------------------------------------------
+
+    def warm(self, ref: PrefixRef) -> None:
+        """Makes a prefix resident before the first request asks for it."""
+        self._inbox.put(WarmPrefix(ref))
 
     def evict(self, digest: str) -> None:
-        """Frees a prefix's blocks once no running request reads them."""
+        """Frees a prefix's blocks once no running request reads them; a pin is lifted. Any thread."""
         self._inbox.put(EvictPrefix(digest))
+
+    async def pin(self, ref: PrefixRef, ttl_seconds: float | None = None) -> PinState:
+        """Keeps a task's version resident, for ever without a TTL. Raises `PinRefused`, `EngineStopped`."""
+        state = await self._orders.ask(lambda ticket: PinTask(ticket, ref, ttl_seconds))
+        assert isinstance(state, PinState)
+        if state.refusal is not None:
+            raise PinRefused(state.refusal)
+        return state
+
+    async def follow_pin(self, ref: PrefixRef) -> str | None:
+        """Moves the pin of a task, if it has one, to its new live version; why not, if the budget is too
+        small, and the pin was given up. Raises `EngineStopped`.
+        """
+        state = await self._orders.ask(lambda ticket: FollowPin(ticket, ref))
+        return state.refusal if isinstance(state, PinState) else None
+
+    def unpin(self, task: str) -> None:
+        """Ends the pin of a task, if it has one."""
+        self._inbox.put(UnpinTask(task))
+
+    async def device_report(self) -> DeviceReport:
+        """What is resident now. Raises `EngineStopped`."""
+        report = await self._orders.ask(ReportDevice)
+        assert isinstance(report, DeviceReport)
+        return report
 
     def _num_waiting(self) -> int:
         """Sequences taken in and not running, as of the last step; counted anew, so it can not drift."""
@@ -221,6 +256,8 @@ class AsyncEngine:
         now = time.monotonic()
         for output in result.outputs:
             self._deliver_one(output, now)
+        for answer in result.answers:
+            self._orders.answer(answer)
 
     def _deliver_one(self, output: SequenceOutput, now: float) -> None:
         stream = self._streams.get(output.request_id)
@@ -258,11 +295,13 @@ class AsyncEngine:
                 num_output_tokens=processor.num_output_tokens,
                 timings=last.timings if last else processor.timings,
                 inter_token_seconds=tuple(processor.inter_token_seconds),
+                version_role=request.version_role,
             )
         )
 
     def _fail_streams(self, reason: str) -> None:
-        """Ends every open stream with an error, so that no client waits for ever."""
+        """Ends every open stream with an error, so that nobody waits for ever."""
+        self._orders.fail(reason)
         for stream in list(self._streams.values()):
             self._fail(stream, reason)
 

@@ -1,4 +1,5 @@
-"""`PUT /admin/v1/tasks/{task}`: a prefix's bytes become the live version of a task, or nothing changes.
+"""`PUT /admin/v1/tasks/{task}`: a prefix's bytes become a version of a task, the live one unless told
+otherwise, or nothing changes.
 
 Runs on the event loop; writing and proving happen in worker threads. The body is the artifact itself
 (`curl -T prefix.safetensors`): multipart would be spooled to disk first and written twice.
@@ -21,7 +22,8 @@ from prefix_store.spec import check_task_name
 from prefix_store.store import PrefixStore
 from prefix_store.upload import PutResult, Upload
 from server.errors import RequestError
-from server.http.admin import described
+from server.http.admin import described, etag_of, note, noted
+from server.http.admin_aliases import follow_pin
 from server.http.errors import BodyTooSlow
 from server.http.json_body import require_identity
 from server.http.json_text import json_response
@@ -34,26 +36,34 @@ MAX_PROVING: Final = 2
 """Uploads proved at a time: each holds its whole artifact in memory meanwhile."""
 
 
-async def put_task(request: Request, task: str) -> Response:
-    """Uploads a version and makes it live: 201 for a new task, else 200."""
+async def put_task(request: Request, task: str, activate: bool = True) -> Response:
+    """Uploads a version, and with `activate` makes it live: 201 for a new task, else 200."""
     services = services_of(request)
+    note(request, task=task)
     try:
-        existed, result = await _upload(request, services, task)
+        existed, result = await _upload(request, services, task, activate)
     except (PrefixStoreError, RequestError):
         services.metrics.admin_operation("upload", "refused")
         raise
     services.metrics.admin_operation("upload", "created" if result.created else "unchanged")
+    noted(request, result.version)
+    note(request, created=result.created, activated=result.activated)
+    warnings = [*result.warnings]
+    if result.activated:
+        warnings += await follow_pin(services, result.version)
     answer = {
         "object": "task",
         **described(result.version),
         "created": result.created,
-        "warnings": list(result.warnings),
+        "activated": result.activated,
+        "warnings": warnings,
     }
-    headers = {"etag": f'"{result.version.digest}"'}
-    return json_response(answer, 200 if existed else 201, headers)
+    return json_response(answer, 200 if existed else 201, etag_of(result.version))
 
 
-async def _upload(request: Request, services: Services, task: str) -> tuple[bool, PutResult]:
+async def _upload(
+    request: Request, services: Services, task: str, activate: bool
+) -> tuple[bool, PutResult]:
     store = services.store
     _check_name(services, task)
     _check_length(request, store.max_artifact_bytes)
@@ -61,6 +71,7 @@ async def _upload(request: Request, services: Services, task: str) -> tuple[bool
     commit = functools.partial(
         Upload.commit,
         task=task,
+        activate=activate,
         if_match=if_match(request),
         if_none_match=if_none_match(request),
         expected_sha256=content_sha256(request),
