@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
 from prefix_store.audit_log import AuditLog
+from server.http.routes import task_in
 
 UNKNOWN: Final = "unknown"
 _MAX_TEXT: Final = 128
@@ -54,7 +55,7 @@ class AuditEntry:
             "source": client[0] if client else None,
             "request_id": self._scope["prefixd.request_id"],
             "action": self._action,
-            "task": self._scope.get("path_params", {}).get("task"),
+            "task": task_in(self._scope["path"]),
             **self._scope["prefixd.audit"],
             "status": status,
             "outcome": _outcome(status),

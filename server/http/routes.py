@@ -103,3 +103,9 @@ _PATTERNS: Final[list[tuple[re.Pattern[str], str]]] = [
 def template_of(path: str) -> str | None:
     """The route that serves `path`, by the same patterns as the router's; None if there is none."""
     return next((template for pattern, template in _PATTERNS if pattern.match(path)), None)
+
+
+def task_in(path: str) -> str | None:
+    """The task that a path is about, if its route has one."""
+    found = next((match for pattern, _ in _PATTERNS if (match := pattern.match(path))), None)
+    return found.groupdict().get("task") if found else None
