@@ -132,7 +132,7 @@ class AuditLog:
         if not names:
             return 0, _GENESIS, 0
         path = self._directory / names[-1]
-        report = _check_files(self._directory, names[-1:], names[0] == names[-1])
+        report = _check_files(self._directory, names[-1:], from_start=_first_record(names[-1]) == 1)
         if report.fault is not None:
             raise AuditDamaged(f"the audit log is damaged: {report.fault}; prefixd audit verify")
         self._fd = files.open_for_appending(path)
@@ -142,7 +142,7 @@ class AuditLog:
             os.fsync(self._fd)
         if not self._size:  # a crash right after a rotation
             return self._recover_before(names, report.torn_bytes)
-        first = int(names[-1].partition(".")[0])
+        first = _first_record(names[-1])
         return first + report.num_records - 1, report.head, report.torn_bytes
 
     def _recover_before(self, names: list[str], torn_bytes: int) -> tuple[int, str, int]:
@@ -151,7 +151,7 @@ class AuditLog:
         report = _check_files(self._directory, names[-2:-1], from_start=False)
         if not report.ok:
             raise AuditDamaged(f"the audit log is damaged: {report.fault}; prefixd audit verify")
-        return int(names[-1].partition(".")[0]) - 1, report.head, torn_bytes
+        return _first_record(names[-1]) - 1, report.head, torn_bytes
 
 
 def verify(directory: Path, head: str | None = None) -> AuditReport:
@@ -167,14 +167,18 @@ def _file_names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if _FILE_NAME.fullmatch(path.name))
 
 
+def _first_record(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
 def _check_files(
     directory: Path, names: list[str], from_start: bool, wanted: str | None = None
 ) -> AuditReport:
     """The chain through these files; without `from_start` the first line's `prev` is taken as given."""
     count, head, found = 0, _GENESIS if from_start else None, wanted == _GENESIS
-    seq = 0 if from_start or not names else int(names[0].partition(".")[0]) - 1
+    seq = 0 if from_start or not names else _first_record(names[0]) - 1
     for name in names:
-        if int(name.partition(".")[0]) != seq + 1:
+        if _first_record(name) != seq + 1:
             return AuditReport(
                 count, head or _GENESIS, f"file {name} does not begin at record {seq + 1}"
             )

@@ -127,6 +127,9 @@ def build(config: ServeConfig) -> Application:
     metrics.set_model_load_seconds(seconds)
     metrics.set_device_capacity(serving.pool.pool_bytes)
     assert config.admin_key is not None
+    audit = AuditLog(config.store_dir / "audit")
+    if audit.torn_bytes:
+        logger.warning("cut %d bytes of a torn last line off the audit log", audit.torn_bytes)
     services = Services(
         engine=serving.engine,
         store=serving.store,
@@ -137,14 +140,14 @@ def build(config: ServeConfig) -> Application:
         api_key=config.api_key.get_secret_value() if config.api_key else None,
         max_body_bytes=int(config.max_body_bytes),
         version=__version__,
-        audit=AuditLog(config.store_dir / "audit"),
+        audit=audit,
     )
-    if services.audit is not None and services.audit.torn_bytes:
-        logger.warning(
-            "the audit log had a torn last line; its %d bytes were removed",
-            services.audit.torn_bytes,
-        )
-    app = create_app(services, on_startup=serving.start, on_shutdown=serving.stop)
+
+    async def stop() -> None:
+        await serving.stop()
+        audit.close()
+
+    app = create_app(services, on_startup=serving.start, on_shutdown=stop)
     return Application(serving, metrics, app, seconds)
 
 

@@ -175,13 +175,14 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """The device tier at one moment, least recently used first."""
+    """The device tier at one moment, least recently used first. `block_bytes`: of one block, over all layers."""
 
     num_blocks: int
     num_blocks_used: int
     num_pinned_blocks: int
     pin_budget_blocks: int
     residents: tuple[Resident, ...]
+    block_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import random
 import threading
@@ -128,6 +129,7 @@ class AsyncEngine:
         self._tokenizer = tokenizer
         self._observer = observer
         self._seeds = seeds
+        self._block_bytes = parts.block_bytes
         self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
         self._prefetcher = Prefetcher(source, self._inbox.put)
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
@@ -241,7 +243,7 @@ class AsyncEngine:
         """What is resident now. Raises `EngineStopped`."""
         report = await self._orders.ask(ReportDevice)
         assert isinstance(report, DeviceReport)
-        return report
+        return dataclasses.replace(report, block_bytes=self._block_bytes)
 
     def _num_waiting(self) -> int:
         """Sequences taken in and not running, as of the last step; counted anew, so it can not drift."""

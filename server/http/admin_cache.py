@@ -111,6 +111,7 @@ def _device(report: DeviceReport, limit: int) -> dict[str, Any]:
             "version": resident.ref.version,
             "digest": resident.ref.digest,
             "blocks": resident.num_blocks,
+            "bytes": resident.num_blocks * report.block_bytes,
             "leases": resident.num_leases,
             "pinned": resident.pinned,
             "pin_seconds_left": resident.pin_seconds_left,
@@ -119,6 +120,8 @@ def _device(report: DeviceReport, limit: int) -> dict[str, Any]:
     ]
     return {
         "num_entries": len(report.residents),
+        "bytes": sum(resident.num_blocks for resident in report.residents) * report.block_bytes,
+        "capacity_bytes": report.num_blocks * report.block_bytes,
         "blocks": report.num_blocks,
         "blocks_used": report.num_blocks_used,
         "pinned_blocks": report.num_pinned_blocks,

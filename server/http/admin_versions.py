@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prefix_store.spec import PrefixVersion
-from server.http.admin import aliases_of, described, described_versions, etag_of
+from server.http.admin import aliases_of, described, described_versions
 from server.http.json_text import json_response
 from server.http.services import services_of
 
@@ -20,7 +20,7 @@ async def list_versions(request: Request, task: str) -> Response:
         "has_more": False,
         "last_id": f"v{info.versions[0].version}",
     }
-    return json_response(answer, headers=etag_of(info.live))
+    return json_response(answer)
 
 
 async def get_version(request: Request, task: str, version: str) -> Response:
@@ -33,7 +33,7 @@ async def get_version(request: Request, task: str, version: str) -> Response:
         "aliases": aliases_of(info, found),
         "manifest": found.manifest.model_dump(mode="json"),
     }
-    return json_response(answer, headers=etag_of(found))
+    return json_response(answer)
 
 
 def find_version(request: Request, task: str, version: str) -> PrefixVersion:

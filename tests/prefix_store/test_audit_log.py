@@ -115,6 +115,17 @@ def test_a_whole_file_can_not_be_removed_or_renamed(tmp_path: Path) -> None:
     assert not verify(tmp_path).ok
 
 
+def test_the_server_goes_on_where_old_files_were_moved_away_and_verify_says_so(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 9)
+    *old, _ = log_files(tmp_path)
+    for path in old:
+        path.unlink()
+    write(tmp_path, 1)
+    assert "does not begin at record 1" in str(verify(tmp_path).fault)
+
+
 def test_a_cut_off_end_is_seen_by_who_noted_the_head(tmp_path: Path) -> None:
     log = write(tmp_path, 4, max_file_bytes=10_000)
     (path,) = log_files(tmp_path)

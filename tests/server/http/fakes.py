@@ -148,7 +148,7 @@ class FakeEngine:
 
     async def device_report(self) -> DeviceReport:
         ref = PrefixRef("poet", 2, "sha256:" + "e" * 64, 3, 3)
-        return DeviceReport(100, 7, 1, 50, (Resident(ref, 1, 2, True, 60.0),))
+        return DeviceReport(100, 7, 1, 50, (Resident(ref, 1, 2, True, 60.0),), 8)
 
     def status(self) -> FakeHealth:
         return self.health

@@ -88,6 +88,7 @@ def test_the_cache_shows_every_tier(client: TestClient) -> None:
     answer = client.get("/admin/v1/cache", headers=ADMIN).json()
     device = answer["device"]
     assert (device["blocks"], device["blocks_used"], device["pin_budget_blocks"]) == (100, 7, 50)
+    assert (device["bytes"], device["capacity_bytes"]) == (8, 800)
     [entry] = device["entries"]
     assert (entry["task"], entry["leases"], entry["pinned"], entry["pin_seconds_left"]) == (
         "poet", 2, True, 60.0,

@@ -35,7 +35,6 @@ def test_a_version_is_shown_with_its_manifest(client: TestClient, name: str) -> 
     response = get(client, f"/{name}")
     assert response.json()["version"] == 1
     assert response.json()["manifest"]["num_virtual_tokens"] == 3
-    assert response.headers["etag"] == f'"sha256:{DIGEST.hexdigest()}"'
 
 
 @pytest.mark.parametrize("name", ["9", "v0", "x", "1" * 400, "sha256:abc"])
