@@ -22,6 +22,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY prefix_store prefix_store
 COPY demo demo
+COPY converter converter
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip wheel --no-deps --wheel-dir /wheels .
 

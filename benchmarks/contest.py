@@ -19,6 +19,7 @@ from itertools import cycle, islice
 from statistics import median
 from typing import Protocol
 
+from benchmarks.machine_load import OthersMeter
 from benchmarks.workload import Request
 
 
@@ -58,11 +59,17 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The calls that a contestant ran in its turn, and how many a full pass has."""
+    """The calls that a contestant ran in its turn, and how many a full pass has.
+
+    `lone_first_token_seconds`: TTFT of a single request with nobody else there. `load_average` was read before
+    the round; `other_cores` is what other processes used up during it.
+    """
 
     calls: tuple[Call, ...]
     calls_per_pass: int
+    lone_first_token_seconds: float
     load_average: float
+    other_cores: float
 
     @property
     def is_full_pass(self) -> bool:
@@ -116,8 +123,8 @@ class Result:
 
     @property
     def ttft_alone(self) -> float:
-        """From the beginning of its own call, as if nobody else had been there before."""
-        return median(t for r in self.rounds for call in r.calls for t in call.first_token_seconds)
+        """Of a request with nobody else there."""
+        return median(r.lone_first_token_seconds for r in self.rounds)
 
     @property
     def decode_step_seconds(self) -> float:
@@ -169,8 +176,12 @@ def compete(
     requests: Sequence[Request],
     rules: Rules,
     progress: Callable[[str], None],
+    after_round: Callable[[], None],
 ) -> list[Result]:
-    """Warms everyone up, then A B C, A B C, ...; one result per contestant, in their order."""
+    """Warms everyone up, then A B C, A B C, ...; one result per contestant, in their order.
+
+    `after_round` is called between two turns, outside of what is timed.
+    """
     plans = [contestant.calls(requests) for contestant in contestants]
     results = [Result(c.name, c.description) for c in contestants]
     for contestant, plan in zip(contestants, plans, strict=True):
@@ -182,10 +193,11 @@ def compete(
             done = run_round(contestant, plans[i], position[i], rules)
             position[i] += len(done.calls)
             results[i].rounds.append(done)
+            after_round()
             progress(
                 f"round {number + 1}/{rules.repeats} {contestant.name}: "
                 f"{done.tokens_per_second:.1f} tokens/s, {len(done.calls)} of {done.calls_per_pass} "
-                f"calls, load {done.load_average:.2f}"
+                f"calls, load {done.load_average:.2f} before, others used {done.other_cores:.2f} cores"
             )
     return results
 
@@ -194,7 +206,8 @@ def run_round(
     contestant: Contestant, plan: Sequence[tuple[Request, ...]], position: int, rules: Rules
 ) -> Round:
     """One turn, beginning with call `position` of the plan (which repeats)."""
-    load_average = os.getloadavg()[0]
+    load_average, others = os.getloadavg()[0], OthersMeter()
+    lone = contestant.serve(plan[position % len(plan)][:1], output_len=2)
     started = time.perf_counter()
     calls: list[Call] = []
     while len(calls) < len(plan):
@@ -202,7 +215,7 @@ def run_round(
             break
         requests = plan[(position + len(calls)) % len(plan)]
         calls.append(contestant.serve(requests, rules.output_len))
-    return Round(tuple(calls), len(plan), load_average)
+    return Round(tuple(calls), len(plan), lone.first_token_seconds[0], load_average, others.cores())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ since attention and the linear layers do not overlap.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,25 +24,41 @@ class HardwareLimits:
     read_bytes_per_second: float
     flops_per_second: float
 
-    def or_better(self, other: HardwareLimits) -> HardwareLimits:
-        """A limit is what was reached at any time of the run."""
+
+class LimitsMeter:
+    """Sums a buffer that no cache holds, multiplies square matrices in `dtype`; keeps the best it ever saw.
+
+    A machine shared with others (or a virtual one) has slow minutes, and its limit is what it can do in a
+    good one. So measure often during a run, not once.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        buffer_bytes: int = 2**28,
+        matrix_size: int = 2048,
+        tries: int = 5,
+    ) -> None:
+        self._buffer = torch.ones(buffer_bytes // 4, dtype=torch.float32)
+        self._left = torch.rand(matrix_size, matrix_size).to(dtype)
+        self._right = torch.rand(matrix_size, matrix_size).to(dtype)
+        self._tries = tries
+        self._read_seconds = math.inf
+        self._multiply_seconds = math.inf
+
+    def measure(self) -> None:
+        """A few more tries: half a second."""
+        read = _best(self._buffer.sum, self._tries)
+        multiply = _best(lambda: self._left @ self._right, self._tries)
+        self._read_seconds = min(self._read_seconds, read)
+        self._multiply_seconds = min(self._multiply_seconds, multiply)
+
+    def limits(self) -> HardwareLimits:
         return HardwareLimits(
-            max(self.read_bytes_per_second, other.read_bytes_per_second),
-            max(self.flops_per_second, other.flops_per_second),
+            read_bytes_per_second=self._buffer.nbytes / self._read_seconds,
+            flops_per_second=2 * self._left.shape[0] ** 3 / self._multiply_seconds,
         )
-
-
-def measure_limits(
-    dtype: torch.dtype, *, buffer_bytes: int = 2**29, matrix_size: int = 2048, tries: int = 8
-) -> HardwareLimits:
-    """Sums a buffer that no cache holds; multiplies square matrices in `dtype`."""
-    buffer = torch.ones(buffer_bytes // 4, dtype=torch.float32)
-    left = torch.rand(matrix_size, matrix_size).to(dtype)
-    right = torch.rand(matrix_size, matrix_size).to(dtype)
-    return HardwareLimits(
-        read_bytes_per_second=buffer.nbytes / _best(buffer.sum, tries),
-        flops_per_second=2 * matrix_size**3 / _best(lambda: left @ right, tries),
-    )
 
 
 def _best(run: Callable[[], object], tries: int) -> float:

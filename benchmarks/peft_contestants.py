@@ -8,6 +8,7 @@ all tasks' adapters in memory, built from the very K/V tensors that prefixd gets
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -32,9 +33,12 @@ def load_peft_model(
         str(model_dir), dtype="auto", attn_implementation=attention
     ).eval()
     first, *others = prefixes
-    model = get_peft_model(base, _config(first), adapter_name=first.task)
-    for prefix in others:
-        model.add_adapter(prefix.task, _config(prefix))
+    with warnings.catch_warnings():
+        # PEFT asks whether gradients are checkpointed, by a name that transformers is about to drop.
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)
+        model = get_peft_model(base, _config(first), adapter_name=first.task)
+        for prefix in others:
+            model.add_adapter(prefix.task, _config(prefix))
     for prefix in prefixes:
         model.prompt_encoder[prefix.task].load_prompt_embeddings(prompt_embeddings(prefix))
     return model.eval()

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import torch
@@ -112,8 +112,12 @@ class Report:
         ratios = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs]
         return min(ratios), max(ratios)
 
-    def agreement(self, peer: Result) -> Agreement:
-        return agreement(self.results[0].tokens(), peer.tokens())
+    def agreements(self) -> dict[tuple[str, str], Agreement]:
+        """Of every two contestants, so that ours with a peer can be held against two peers."""
+        return {
+            (one.name, other.name): agreement(one.tokens(), other.tokens())
+            for one, other in combinations(self.results, 2)
+        }
 
     # ---- for people ----------------------------------------------------------------------------
 
@@ -169,18 +173,17 @@ class Report:
         ]
         for result in self.results:
             loads = ", ".join(f"{r.load_average:.2f}" for r in result.rounds)
+            others = ", ".join(f"{r.other_cores:.2f}" for r in result.rounds)
             lines.append(
-                f"{result.name}: {result.description}; load average before rounds: {loads}"
+                f"{result.name}: {result.description}; load average before rounds {loads}; cores used by "
+                f"other processes during them {others}"
             )
         for peer in self.results[1:]:
             low, high = self.ratio_range(peer)
-            alike = self.agreement(peer)
             lines.append(
-                f"prefixd / {peer.name}: {self.ratio(peer):.2f} ({low:.2f} to {high:.2f} by round); "
-                f"of {alike.num_requests} requests both served, {alike.identical_share:.0%} have the same "
-                f"tokens throughout, {alike.prefix_share:.0%} of the tokens come before a first difference"
+                f"prefixd / {peer.name}: {self.ratio(peer):.2f} ({low:.2f} to {high:.2f} by round)"
             )
-        return lines
+        return lines + [_describe_agreement(pair, a) for pair, a in self.agreements().items()]
 
     def text(self) -> str:
         return "\n".join([self.table(), "", *self.notes()])
@@ -211,7 +214,7 @@ class Report:
             "cost": asdict(self.cost),
             "limits": asdict(self.limits),
             "contestants": {r.name: self._figures(r) for r in self.results},
-            "agreement": {r.name: asdict(self.agreement(r)) for r in peers},
+            "agreement": {f"{a} {b}": asdict(x) for (a, b), x in self.agreements().items()},
             "ratios": {f"vs_{r.name}": round(self.ratio(r), 3) for r in peers},
             "ratio_ranges": {
                 f"vs_{r.name}": [round(x, 3) for x in self.ratio_range(r)] for r in peers
@@ -233,5 +236,13 @@ class Report:
             "decode_step_limit_seconds": self.step_limit(result),
             "share_of_limit": None if math.isnan(step) else self.share_of_limit(result),
             "load_average_by_round": [r.load_average for r in result.rounds],
-            "load_average": median(r.load_average for r in result.rounds),
+            "other_cores_by_round": [r.other_cores for r in result.rounds],
         }
+
+
+def _describe_agreement(pair: tuple[str, str], found: Agreement) -> str:
+    return (
+        f"tokens of {pair[0]} and {pair[1]}: of {found.num_requests} requests that both served, "
+        f"{found.identical_share:.0%} have the same throughout; {found.prefix_share:.0%} of the tokens come "
+        "before a first difference"
+    )

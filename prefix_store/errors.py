@@ -4,6 +4,9 @@
      |-- PrefixRejected          an artifact that must not be stored; lists every problem found
      |    |-- MalformedArtifact       the bytes are not a well-formed artifact
      |    |-- IncompatiblePrefix      well-formed, but not for the resident model, or unsafe to serve
+     |    |-- ImportRefused           a foreign format, known or not, that can not become a prefix
+     |    |    `-- AmbiguousFormat         it can be read in two ways; the caller must say which
+     |    |-- RebaseRefused           its keys can not be moved to other positions exactly
      |    `-- DigestMismatch          the bytes are not those that the caller announced
      |-- ArtifactTooLarge        more bytes than any prefix for this model can have
      |-- InvalidTaskName         not a name that a task can have
@@ -65,6 +68,23 @@ class MalformedArtifact(PrefixRejected):
 
 class IncompatiblePrefix(PrefixRejected):
     """The artifact is well-formed, but the resident model can not (safely) serve it."""
+
+
+class ImportRefused(PrefixRejected):
+    """A file of a foreign format that can not become a prefix for the resident model."""
+
+    @classmethod
+    def at(cls, pointer: str, detail: str) -> ImportRefused:
+        """A refusal for one fault."""
+        return cls([Problem(pointer, detail)])
+
+
+class AmbiguousFormat(ImportRefused):
+    """Two formats fit the file; a wrong guess would serve nonsense."""
+
+
+class RebaseRefused(PrefixRejected):
+    """The model's positions are not a rotation of its keys that is known exactly."""
 
 
 class DigestMismatch(PrefixRejected):

@@ -1,7 +1,6 @@
-"""The header of an artifact: our own strict reader of the safetensors layout, and its writer.
+"""The header of an artifact: which tensors it must have, and the manifest beside them; and its writer.
 
-The safetensors library is memory-safe but lenient: it accepts duplicate tensor names, unknown fields,
-empty tensors and headers of 100 MB. Everything that `docs/prefix-format.md` does not allow is refused here,
+`tensor_file` reads the layout; everything else that `docs/prefix-format.md` does not allow is refused here,
 before a byte of tensor data is looked at. Knows nothing of torch. Pure functions on any thread; called by
 `artifact` and, for uploads, by `store`.
 """
@@ -18,14 +17,21 @@ from typing import Any, Final
 from pydantic import JsonValue
 
 from prefix_store.errors import MalformedArtifact, Problem
-from prefix_store.manifest import parse_manifest, parse_object
+from prefix_store.manifest import parse_manifest
 from prefix_store.spec import DTYPE_BYTES, MANIFEST_KEY, PrefixManifest
+from prefix_store.tensor_file import (
+    FILE_DTYPES,
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    METADATA,
+    TensorEntry,
+    check_data,
+    read_entry,
+    read_fields,
+)
 
-MAX_HEADER_BYTES: Final = 64 * 1024
-LENGTH_BYTES: Final = 8
-FILE_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+__all__ = ["FILE_DTYPES", "LENGTH_BYTES", "MAX_HEADER_BYTES", "ArtifactHeader", "read_header"]
 
-_METADATA: Final = "__metadata__"
 _TENSOR_NAME: Final = re.compile(r"dec_self\.[0-9]{3}\.[kv]")
 _OTHER_BLOCK: Final = re.compile(r"(enc_self|dec_cross|soft)\.")
 
@@ -60,7 +66,7 @@ def tensor_names(num_layers: int) -> list[str]:
 def write_header(manifest: PrefixManifest, dtype: str, shapes: Mapping[str, Shape]) -> bytes:
     """Length and header for tensors of these shapes, padded so that the data begins at 8 bytes."""
     file_dtype = next(name for name, ours in FILE_DTYPES.items() if ours == dtype)
-    header: dict[str, Any] = {_METADATA: {MANIFEST_KEY: manifest.model_dump_json()}}
+    header: dict[str, Any] = {METADATA: {MANIFEST_KEY: manifest.model_dump_json()}}
     offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
@@ -76,57 +82,29 @@ def read_header(head: bytes | bytearray, total_bytes: int) -> ArtifactHeader:
 
     Raises `MalformedArtifact`, with every fault that could be found.
     """
-    text, data_start = _header_text(head, total_bytes)
-    fields = parse_object(text, "header")
-    manifest = _manifest(fields.pop(_METADATA, None))
+    fields, metadata, data_start = read_fields(head, total_bytes)
+    manifest = _manifest(metadata)
     num_layers = _check_names(list(fields))
-    tensors = [_tensor(name, fields[name]) for name in tensor_names(num_layers)]
+    tensors = [read_entry(n, fields[n], "[P, H_kv, D]") for n in tensor_names(num_layers)]
     problems = [problem for tensor in tensors for problem in tensor.problems]
-    problems = problems or _check_data(tensors, total_bytes - data_start)
+    problems = problems or check_data(tensors, total_bytes - data_start)
     if problems:
         raise MalformedArtifact(problems)
     return ArtifactHeader(
         manifest=manifest,
         dtype=FILE_DTYPES[tensors[0].dtype],
-        key_shapes=tuple(tensor.shape for tensor in tensors[0::2]),
-        value_shapes=tuple(tensor.shape for tensor in tensors[1::2]),
+        key_shapes=tuple(_shape(tensor) for tensor in tensors[0::2]),
+        value_shapes=tuple(_shape(tensor) for tensor in tensors[1::2]),
         data_start=data_start,
     )
 
 
-def _header_text(head: bytes | bytearray, total_bytes: int) -> tuple[str, int]:
-    """The header's JSON without its padding, and where the data starts."""
-    if len(head) < LENGTH_BYTES:
-        raise MalformedArtifact.at("/header", f"the file has {total_bytes} bytes, fewer than 8")
-    num_bytes = int.from_bytes(head[:LENGTH_BYTES], "little")
-    if num_bytes > MAX_HEADER_BYTES:
-        raise MalformedArtifact.at(
-            "/header",
-            f"the header claims {num_bytes} bytes, at most {MAX_HEADER_BYTES} are allowed",
-        )
-    data_start = LENGTH_BYTES + num_bytes
-    if data_start > total_bytes or data_start > len(head):
-        raise MalformedArtifact.at(
-            "/header", f"the header claims {num_bytes} bytes, the file has {total_bytes} in all"
-        )
-    if num_bytes % 8:
-        raise MalformedArtifact.at(
-            "/header", f"the header has {num_bytes} bytes, expected a multiple of 8"
-        )
-    try:
-        text = bytes(head[LENGTH_BYTES:data_start]).decode("utf-8")
-    except UnicodeDecodeError:
-        raise MalformedArtifact.at("/header", "the header is not UTF-8") from None
-    stripped = text.rstrip(" ")
-    if not stripped.startswith("{") or not stripped.endswith("}") or len(text) - len(stripped) > 7:
-        raise MalformedArtifact.at(
-            "/header", "the header is not one JSON object followed by at most 7 spaces"
-        )
-    return stripped, data_start
+def _shape(tensor: TensorEntry) -> Shape:
+    return (tensor.shape[0], tensor.shape[1], tensor.shape[2])
 
 
 def _manifest(metadata: JsonValue) -> PrefixManifest:
-    pointer = f"/{_METADATA}"
+    pointer = f"/{METADATA}"
     if not isinstance(metadata, dict) or MANIFEST_KEY not in metadata:
         raise MalformedArtifact.at(
             pointer, f"no manifest: expected the metadata key {MANIFEST_KEY!r}"
@@ -166,70 +144,3 @@ def _name_problem(name: str) -> Problem:
     else:
         detail = f"unexpected tensor {shown}, expected names like 'dec_self.000.k'"
     return Problem(f"/tensors/{name[:64]}", detail)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """One header entry; the other fields mean something only where `problems` is empty."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    begin: int
-    end: int
-    problems: tuple[Problem, ...]
-
-
-def _tensor(name: str, entry: JsonValue) -> _Tensor:
-    pointer = f"/tensors/{name}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        fault = Problem(pointer, f"{name}: expected exactly the fields dtype, shape, data_offsets")
-        return _Tensor(name, "", (0, 0, 0), 0, 0, (fault,))
-    dtype, shape, offsets = entry["dtype"], _ints(entry["shape"]), _ints(entry["data_offsets"])
-    problems = []
-    if not isinstance(dtype, str) or dtype not in FILE_DTYPES:
-        allowed = ", ".join(FILE_DTYPES)
-        problems.append(Problem(f"{pointer}/dtype", f"{name}: dtype must be one of {allowed}"))
-    if len(shape) != 3 or min(shape) < 1:
-        problems.append(
-            Problem(
-                f"{pointer}/shape", f"{name}: expected a shape [P, H_kv, D] of positive integers"
-            )
-        )
-    if len(offsets) != 2:
-        problems.append(
-            Problem(f"{pointer}/data_offsets", f"{name}: expected two integers [begin, end]")
-        )
-    if problems:
-        return _Tensor(name, "", (0, 0, 0), 0, 0, tuple(problems))
-    return _Tensor(name, str(dtype), (shape[0], shape[1], shape[2]), offsets[0], offsets[1], ())
-
-
-def _ints(value: JsonValue) -> list[int]:
-    """`value` if it is a short list of non-negative integers, else an empty list."""
-    if not isinstance(value, list) or len(value) > 3:
-        return []
-    # type() and not isinstance: True is no integer here.
-    numbers = [item for item in value if type(item) is int and item >= 0]
-    return numbers if len(numbers) == len(value) else []
-
-
-def _check_data(tensors: list[_Tensor], data_bytes: int) -> list[Problem]:
-    """One dtype, and tensors that cover the data exactly: no gap, no overlap, nothing behind them."""
-    problems = []
-    dtype = tensors[0].dtype
-    end = 0
-    for tensor in tensors:
-        pointer = f"/tensors/{tensor.name}"
-        if tensor.dtype != dtype:
-            detail = f"{tensor.name} is {tensor.dtype}, the tensors before it are {dtype}"
-            problems.append(Problem(f"{pointer}/dtype", detail))
-        begin = end
-        end = begin + math.prod(tensor.shape) * DTYPE_BYTES[FILE_DTYPES[tensor.dtype]]
-        if (tensor.begin, tensor.end) != (begin, end):
-            detail = f"{tensor.name}: expected data_offsets [{begin}, {end}], got [{tensor.begin}, {tensor.end}]"
-            problems.append(Problem(f"{pointer}/data_offsets", detail))
-    if end != data_bytes:
-        detail = f"the tensors take {end} bytes, the file holds {data_bytes} behind the header"
-        problems.append(Problem("/data", detail))
-    return problems

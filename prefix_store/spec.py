@@ -78,11 +78,23 @@ class KVLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerRotary:
+    """How a layer's keys turn with their position: pair i of the first `2 * len(inverse_frequencies)`
+    elements by `position * inverse_frequencies[i]`. Pairs are (i, i + n), or (2i, 2i + 1) if `interleaved`.
+    """
+
+    inverse_frequencies: tuple[float, ...]
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """What the store must know of the resident model to judge a prefix.
 
     `position_limit`: how many positions the model has (None: no limit known).
     `fingerprint`: `prefix_store.fingerprint.base_fingerprint` of the loaded weights.
+    `hidden_size`: width of its token embeddings, hence of soft prompts (None: not known).
+    `rotary`: one entry per layer, where the rotation of its keys is known exactly.
     """
 
     model_id: str
@@ -93,6 +105,9 @@ class BaseSpec:
     rope_theta: float | None
     vocab_size: int
     fingerprint: str
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    rotary: tuple[LayerRotary, ...] | None = None
 
 
 class _Frozen(BaseModel):

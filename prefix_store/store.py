@@ -88,6 +88,16 @@ class PrefixStore:
         self._backend.close()
 
     @property
+    def base(self) -> BaseSpec:
+        """The resident model, as the store judges prefixes by it."""
+        return self._base
+
+    @property
+    def limits(self) -> Limits:
+        """What the operator allows a prefix to be."""
+        return self._limits
+
+    @property
     def max_artifact_bytes(self) -> int:
         """Uploads longer than this are refused before they are read."""
         return max_artifact_bytes(self._base, self._limits.max_num_virtual_tokens)
@@ -98,11 +108,21 @@ class PrefixStore:
             self._backend.stage(), self._catalog, self._retention, self._base, self._limits
         )
 
-    def put(self, task: str, data: bytes) -> PutResult:
+    def put(
+        self,
+        task: str,
+        data: bytes,
+        *,
+        activate: bool = True,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> PutResult:
         """Upload an artifact that is in memory. Raises as `Upload.write` and `Upload.commit` do."""
         with self.begin_upload() as upload:
             upload.write(data)
-            return upload.commit(task)
+            return upload.commit(
+                task, activate=activate, if_match=if_match, if_none_match=if_none_match
+            )
 
     # ---- aliases; all block --------------------------------------------------------------------
 

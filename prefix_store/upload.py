@@ -15,6 +15,8 @@ from prefix_store.backends.base import StagedBlob
 from prefix_store.catalog import Catalog
 from prefix_store.errors import ArtifactTooLarge, DigestMismatch, Problem, StoreFailed
 from prefix_store.header import LENGTH_BYTES, MAX_HEADER_BYTES, read_header
+from prefix_store.importers.incoming import Incoming, recognise
+from prefix_store.importers.recognition import ImportOptions
 from prefix_store.retention import Retention
 from prefix_store.spec import BaseSpec, PrefixManifest, PrefixVersion, digest_of
 from prefix_store.validation import (
@@ -79,6 +81,22 @@ class Upload:
                 self.abort()
                 raise
 
+    def translate(
+        self, options: ImportOptions, *, expected_sha256: str | None = None
+    ) -> Incoming | None:
+        """What to store in place of a file that is not an artifact as it is; None: commit it.
+
+        Raises `DigestMismatch`, `MalformedArtifact`, `IncompatiblePrefix`, `ImportRefused`, `RebaseRefused`.
+        """
+        with self._lock:
+            self._check_digest(expected_sha256)
+            head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
+            found = recognise(head, self._staged.num_bytes, self._base, self._limits, options)
+            if found is None:
+                return None
+            content = found.read(self._read_back(), self._staged.digest)
+            return Incoming(found.recognition, content)
+
     def commit(
         self,
         task: str,
@@ -128,9 +146,12 @@ class Upload:
         """Header first: memory for the whole artifact is taken only for one that could be right."""
         head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
         require_compatible(read_header(head, self._staged.num_bytes), self._base, self._limits)
+        return accept(self._read_back(), self._staged.digest, self._base, self._limits).manifest
+
+    def _read_back(self) -> bytearray:
         data = self._staged.read()
         if digest_of(data) != self._staged.digest:
             raise StoreFailed(
                 "the file system of the prefix store gave back other bytes than it took"
             )
-        return accept(data, self._staged.digest, self._base, self._limits).manifest
+        return data

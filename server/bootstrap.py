@@ -18,13 +18,13 @@ import torch
 import demo
 from prefix_store import PrefixStore, PrefixVersion
 from prefix_store.errors import UnknownTask
-from prefix_store.fingerprint import base_fingerprint
 from prefix_store.spec import BaseSpec
 from server import __version__
 from server.config import ServeConfig
 from server.engine.admission import EngineLimits
 from server.engine.async_engine import AsyncEngine, EngineObserver
 from server.engine.core import EngineParts
+from server.engine.prefix_compiler import PrefixCompiler
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
 from server.errors import ConfigError, PinRefused
@@ -35,6 +35,8 @@ from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.metrics import Metrics
 from server.model.attention import make_attention_backend
 from server.model.attention.base import AttentionBackend, PagedAttention
+from server.model.baker import Baker
+from server.model.base_spec import base_spec
 from server.model.device import available_bytes, pick_device
 from server.model.loader import LoadedModel, load_model
 from server.model.runner import ModelRunner
@@ -60,6 +62,7 @@ class ServingEngine:
     store: PrefixStore
     pool: PoolPlan
     engine: AsyncEngine
+    compiler: PrefixCompiler
 
     @property
     def is_demo(self) -> bool:
@@ -133,6 +136,7 @@ def build(config: ServeConfig) -> Application:
     services = Services(
         engine=serving.engine,
         store=serving.store,
+        compiler=serving.compiler,
         metrics=metrics,
         model_id=model.model_id,
         base_fingerprint=base.fingerprint,
@@ -167,7 +171,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     backend = make_attention_backend(config.attention)
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
     tokenizer = Tokenizer.load(source_id, revision=config.revision)
-    base = _base_spec(model)
+    base = base_spec(model)
     pool = _plan_pool(config, model)
     store = PrefixStore.open(
         config.store_dir,
@@ -178,25 +182,13 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     if config.model is None:
         publish_demo_prefixes(store, base)
     engine = _wire(config, model, backend, tokenizer, store, pool, observer)
-    return ServingEngine(config, model, base, tokenizer, store, pool, engine)
+    compiler = PrefixCompiler(engine.run, Baker(model, backend), base, store.limits)
+    return ServingEngine(config, model, base, tokenizer, store, pool, engine, compiler)
 
 
 def _dtype(config: ServeConfig) -> str:
     """The checkpoint's own for "auto"; the demo is small, and its samples were made in float32."""
     return "float32" if config.model is None and config.dtype == "auto" else config.dtype
-
-
-def _base_spec(model: LoadedModel) -> BaseSpec:
-    return BaseSpec(
-        model_id=model.model_id,
-        model_type=model.model_type,
-        layout=model.layout,
-        position_limit=model.position_limit,
-        position_scheme=model.position_scheme,
-        rope_theta=model.rope_theta,
-        vocab_size=model.vocab_size,
-        fingerprint=base_fingerprint(model.module),
-    )
 
 
 def _plan_pool(config: ServeConfig, model: LoadedModel) -> PoolPlan:

@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from prefix_store.errors import PrefixStoreError
 from server import __version__
 from server.cli_audit import audit_app
+from server.cli_convert import convert_app
 from server.cli_tasks import tasks_app
 from server.config import ServeConfig, check_exposure
 from server.errors import ConfigError, GenerationFailed, PrefixdError
@@ -53,6 +54,7 @@ app = App(
 config_app = App(name="config", help="Look at the configuration.")
 app.command(tasks_app)
 app.command(audit_app)
+app.command(convert_app)
 app.command(config_app)
 
 

@@ -60,20 +60,23 @@ def generate_with_transformers(
     module: nn.Module, prompt: list[int], prefix: Prefix | None, num_tokens: int
 ) -> list[int]:
     """Greedy tokens from the model's own eager attention, the prefix as `past_key_values`."""
+    device = next(module.parameters()).device
     cache = DynamicCache()
     start = 0
     if prefix is not None:
         start = prefix.manifest.first_position
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
+            cache.update(
+                k.transpose(0, 1)[None].to(device), v.transpose(0, 1)[None].to(device), layer
+            )
     module.set_attn_implementation("eager")  # type: ignore[operator]
     tokens: list[int] = []
     feed = prompt
     with torch.inference_mode():
         for _ in range(num_tokens):
-            positions = torch.arange(start, start + len(feed))[None]
+            positions = torch.arange(start, start + len(feed), device=device)[None]
             out = module(
-                input_ids=torch.tensor([feed]),
+                input_ids=torch.tensor([feed], device=device),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -107,7 +110,7 @@ class Harness:
         self.model = adopt_model(self.module, model_id="tiny")
         self.blocks = BlockPool(self.num_blocks, self.block_size)
         self.resident = ResidentPrefixes(self.blocks)
-        cache = KVCache(self.model.layout, self.num_blocks, self.block_size, torch.device("cpu"))
+        cache = KVCache(self.model.layout, self.num_blocks, self.block_size, self.model.device)
         attention = PagedAttention(make_attention_backend(self.attention), cache)
         self.model.connect(attention)
         self.runner = ModelRunner(self.model, cache, attention)

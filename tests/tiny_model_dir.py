@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +13,9 @@ from tests.tiny_models import VOCAB, tiny_model
 _TEXT = "the quick brown fox jumps over the lazy dog. Prefixes are served; many tasks, one model.\n"
 
 
-def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0) -> Path:
+def save_tiny_model(
+    directory: Path, architecture: str = "llama", seed: int = 0, **overrides: Any
+) -> Path:
     """Writes model and tokenizer to `directory`; ids 0..2 are pad, bos, eos, and no BOS is added."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,6 +31,6 @@ def save_tiny_model(directory: Path, architecture: str = "llama", seed: int = 0)
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     fast.save_pretrained(str(directory))
-    module = tiny_model(architecture, seed)
+    module = tiny_model(architecture, seed, **overrides)
     module.save_pretrained(str(directory))  # type: ignore[operator]
     return directory

@@ -44,6 +44,7 @@ ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "qwen2": _GQA,
     "qwen3": _GQA | {"head_dim": 16},
     "mistral": _GQA | {"sliding_window": 24},
+    "gemma": _GQA | {"head_dim": 16},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gpt2": _GPT2,

@@ -10,26 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from server.engine.admission import EngineLimits
+from server.engine.calls import EngineCall, EngineCalls
 from server.engine.core import EngineCore, EngineParts, StepResult
 from server.engine.inbox import Inbox
 from server.engine.messages import (
     AbortRequest,
     AddRequest,
     EvictPrefix,
-    FollowPin,
     Message,
-    PinTask,
-    ReportDevice,
     SequenceOutput,
     UnpinTask,
     WarmPrefix,
@@ -38,7 +37,7 @@ from server.engine.orders import Orders
 from server.engine.output_processor import OutputProcessor
 from server.engine.prefetch import Prefetcher, PrefixAnswer, PrefixSource
 from server.engine.tokenizer import Tokenizer
-from server.errors import EngineOverloaded, EngineStopped, PinRefused
+from server.errors import EngineOverloaded, EngineStopped
 from server.types import (
     DeviceReport,
     FinishReason,
@@ -130,7 +129,8 @@ class AsyncEngine:
         self._observer = observer
         self._seeds = seeds
         self._block_bytes = parts.block_bytes
-        self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
+        self._inbox: Inbox[Message | PrefixAnswer | EngineCall] = Inbox()
+        self._calls = EngineCalls(self._inbox.put)
         self._prefetcher = Prefetcher(source, self._inbox.put)
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
         self._streams: dict[str, RequestStream] = {}
@@ -182,13 +182,21 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoders, self._tokenizer.encode, prompt)
 
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, as `Tokenizer.encode_chat` gives and refuses them."""
+        encode = functools.partial(
+            self._tokenizer.encode_chat, messages, add_generation_prompt=add_generation_prompt
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
+
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`,
         `EngineStopped`; once it returns, every choice ends with a finish reason.
         """
         self._limits.check(request)
-        if self._stopping or not self._thread.is_alive():
-            raise EngineStopped("the engine takes no more requests")
+        self._require_running()
         waiting = self._num_waiting()
         if waiting + request.sampling.n > self._limits.max_num_queued:
             raise EngineOverloaded(
@@ -222,18 +230,11 @@ class AsyncEngine:
 
     async def pin(self, ref: PrefixRef, ttl_seconds: float | None = None) -> PinState:
         """Keeps a task's version resident, for ever without a TTL. Raises `PinRefused`, `EngineStopped`."""
-        state = await self._orders.ask(lambda ticket: PinTask(ticket, ref, ttl_seconds))
-        assert isinstance(state, PinState)
-        if state.refusal is not None:
-            raise PinRefused(state.refusal)
-        return state
+        return await self._orders.pin(ref, ttl_seconds)
 
     async def follow_pin(self, ref: PrefixRef) -> str | None:
-        """Moves the pin of a task, if it has one, to its new live version; why not, if the budget is too
-        small, and the pin was given up. Raises `EngineStopped`.
-        """
-        state = await self._orders.ask(lambda ticket: FollowPin(ticket, ref))
-        return state.refusal if isinstance(state, PinState) else None
+        """Moves a task's pin to its new live version; says why, if it was given up for the budget."""
+        return await self._orders.follow_pin(ref)
 
     def unpin(self, task: str) -> None:
         """Ends the pin of a task, if it has one."""
@@ -241,9 +242,19 @@ class AsyncEngine:
 
     async def device_report(self) -> DeviceReport:
         """What is resident now. Raises `EngineStopped`."""
-        report = await self._orders.ask(ReportDevice)
-        assert isinstance(report, DeviceReport)
-        return dataclasses.replace(report, block_bytes=self._block_bytes)
+        return dataclasses.replace(await self._orders.report(), block_bytes=self._block_bytes)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the engine thread between two steps: nothing else then uses the model.
+
+        Returns or raises what it does; raises `EngineStopped`. Running requests wait meanwhile.
+        """
+        self._require_running()
+        return await self._calls.run(function)
+
+    def _require_running(self) -> None:
+        if self._stopping or not self._thread.is_alive():
+            raise EngineStopped("the engine takes no more requests")
 
     def _num_waiting(self) -> int:
         """Sequences taken in and not running, as of the last step; counted anew, so it can not drift."""
@@ -302,8 +313,9 @@ class AsyncEngine:
         )
 
     def _fail_streams(self, reason: str) -> None:
-        """Ends every open stream with an error, so that nobody waits for ever."""
+        """Ends every open stream, order and call with an error, so that nobody waits for ever."""
         self._orders.fail(reason)
+        self._calls.fail(reason)
         for stream in list(self._streams.values()):
             self._fail(stream, reason)
 

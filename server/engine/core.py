@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prefix_store.artifact import Prefix
+from server.engine.calls import EngineCall
 from server.engine.messages import (
     Answer,
     Message,
@@ -83,10 +84,11 @@ class EngineCore:
         """Whether a step would do anything without a new message."""
         return self._scheduler.has_work()
 
-    def step(self, inbox: Sequence[Message | PrefixAnswer]) -> StepResult:
-        """One step: plan, run, commit. Never raises for a row's or a plan's failure: those rows end."""
+    def step(self, inbox: Sequence[Message | PrefixAnswer | EngineCall]) -> StepResult:
+        """One step: calls, plan, run, commit. Never raises for a row's or a plan's failure: those rows end."""
         started = self._clock()
-        plan = self._scheduler.schedule(started, [self._stage(m) for m in inbox])
+        messages = _perform_calls(inbox)
+        plan = self._scheduler.schedule(started, [self._stage(m) for m in messages])
         for ref in plan.prefix_requests:
             self._request_prefix(ref)
         outputs = self._perform(plan)
@@ -148,3 +150,16 @@ class EngineCore:
             resident_tasks=tuple(sorted({e.ref.task for e in prefixes.entries()})),
             events=events,
         )
+
+
+def _perform_calls(
+    inbox: Sequence[Message | PrefixAnswer | EngineCall],
+) -> list[Message | PrefixAnswer]:
+    """Runs the calls now, while no forward pass is under way; returns what is left for the scheduler."""
+    messages: list[Message | PrefixAnswer] = []
+    for item in inbox:
+        if isinstance(item, EngineCall):
+            item.perform()
+        else:
+            messages.append(item)
+    return messages

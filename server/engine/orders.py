@@ -9,8 +9,9 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
-from server.engine.messages import Answer, Message
-from server.errors import EngineStopped
+from server.engine.messages import Answer, FollowPin, Message, PinTask, ReportDevice
+from server.errors import EngineStopped, PinRefused
+from server.types import DeviceReport, PinState, PrefixRef
 
 
 class Orders:
@@ -22,17 +23,24 @@ class Orders:
         self._asked: dict[int, asyncio.Future[object]] = {}
         self._stopped: str | None = None
 
-    async def ask(self, message: Callable[[int], Message]) -> object:
-        """The answer to the message made for a ticket. Raises `EngineStopped`."""
-        if self._stopped is not None:
-            raise EngineStopped(self._stopped)
-        ticket = next(self._tickets)
-        future = self._asked[ticket] = asyncio.get_running_loop().create_future()
-        self._post(message(ticket))
-        try:
-            return await future
-        finally:
-            del self._asked[ticket]
+    async def pin(self, ref: PrefixRef, ttl_seconds: float | None) -> PinState:
+        """Raises `PinRefused`, `EngineStopped`."""
+        state = await self._ask(lambda ticket: PinTask(ticket, ref, ttl_seconds))
+        assert isinstance(state, PinState)
+        if state.refusal is not None:
+            raise PinRefused(state.refusal)
+        return state
+
+    async def follow_pin(self, ref: PrefixRef) -> str | None:
+        """Why a pin was given up; None if it was not. Raises `EngineStopped`."""
+        state = await self._ask(lambda ticket: FollowPin(ticket, ref))
+        return state.refusal if isinstance(state, PinState) else None
+
+    async def report(self) -> DeviceReport:
+        """What is resident. Raises `EngineStopped`."""
+        report = await self._ask(ReportDevice)
+        assert isinstance(report, DeviceReport)
+        return report
 
     def answer(self, answer: Answer) -> None:
         """Hands an answer over; its asker may have gone."""
@@ -46,3 +54,15 @@ class Orders:
         for asked in self._asked.values():
             if not asked.done():
                 asked.set_exception(EngineStopped(reason))
+
+    async def _ask(self, message: Callable[[int], Message]) -> object:
+        """The answer to the message made for a ticket. Raises `EngineStopped`."""
+        if self._stopped is not None:
+            raise EngineStopped(self._stopped)
+        ticket = next(self._tickets)
+        future = self._asked[ticket] = asyncio.get_running_loop().create_future()
+        self._post(message(ticket))
+        try:
+            return await future
+        finally:
+            del self._asked[ticket]

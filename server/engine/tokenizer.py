@@ -6,11 +6,14 @@ a while. The engine thread never sees text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
+
+from server.errors import InvalidParameter
 
 _INCOMPLETE: Final = "\ufffd"  # what a decoder gives for the first bytes of a character
 # More tokens than any one character takes: bytes that are still incomplete then will stay so. Bounds the
@@ -34,6 +37,29 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids, with the special tokens that the model's tokenizer adds by default."""
         return tuple(self._tokenizer(text)["input_ids"])
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's own chat template.
+
+        Raises `InvalidParameter` when the tokenizer has none, or its template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidParameter(
+                "messages: this model's tokenizer has no chat template; send a prompt",
+                param="messages",
+            )
+        try:
+            encoding = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=True,
+            )
+        except TemplateError as error:
+            raise InvalidParameter(f"messages: {error}", param="messages") from None
+        return tuple(encoding["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a run of tokens, special tokens left out."""

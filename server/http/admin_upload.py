@@ -11,82 +11,86 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import Annotated, Final
 
+from fastapi import Query
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from prefix_store.errors import ArtifactTooLarge, InvalidTaskName, PrefixStoreError, UnknownTask
-from prefix_store.spec import check_task_name
+from prefix_store.errors import ArtifactTooLarge
+from prefix_store.importers.recognition import ImportOptions, Recognition, recognition_of
+from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.upload import PutResult, Upload
-from server.errors import RequestError
-from server.http.admin import described, etag_of, note, noted
-from server.http.admin_aliases import follow_pin
+from server.http.admin import note
+from server.http.admin_write import (
+    Conditions,
+    check_name,
+    counted,
+    exists,
+    proving_slot,
+    stored,
+)
 from server.http.errors import BodyTooSlow
 from server.http.json_body import require_identity
-from server.http.json_text import json_response
 from server.http.preconditions import content_sha256, if_match, if_none_match
 from server.http.services import Services, services_of
 
 STALL_SECONDS: Final = 60.0
 _WRITE_BYTES: Final = 2**20
-MAX_PROVING: Final = 2
-"""Uploads proved at a time: each holds its whole artifact in memory meanwhile."""
 
 
-async def put_task(request: Request, task: str, activate: bool = True) -> Response:
-    """Uploads a version, and with `activate` makes it live: 201 for a new task, else 200."""
+async def put_task(
+    request: Request,
+    task: str,
+    task_index: Annotated[int | None, Query(ge=0, le=1_000_000)] = None,
+    peft_type: Annotated[str | None, Query(max_length=64)] = None,
+    rebase: bool = False,
+    activate: bool = True,
+) -> Response:
+    """Uploads a version, and with `activate` makes it live: 201 for a new task, else 200.
+
+    The body is a native artifact or a bare PEFT adapter; the answer says what it was taken for.
+    `task_index`, `peft_type`: see `ImportOptions`. `rebase`: rotate the keys so that requests start at P.
+    """
     services = services_of(request)
+    options = ImportOptions(peft_type, task_index, rebase)
     note(request, task=task)
-    try:
-        existed, result = await _upload(request, services, task, activate)
-    except (PrefixStoreError, RequestError):
-        services.metrics.admin_operation("upload", "refused")
-        raise
-    services.metrics.admin_operation("upload", "created" if result.created else "unchanged")
-    noted(request, result.version)
-    note(request, created=result.created, activated=result.activated)
-    warnings = [*result.warnings]
-    if result.activated:
-        warnings += await follow_pin(services, result.version)
-    answer = {
-        "object": "task",
-        **described(result.version),
-        "created": result.created,
-        "activated": result.activated,
-        "warnings": warnings,
-    }
-    return json_response(answer, 200 if existed else 201, etag_of(result.version))
+    with counted(services):
+        check_name(services, task)
+        _check_length(request, services.store.max_artifact_bytes)
+        require_identity(request)
+        existed, result, found = await _upload(request, services, task, options, activate)
+    return await stored(request, existed, result, found)
 
 
 async def _upload(
-    request: Request, services: Services, task: str, activate: bool
-) -> tuple[bool, PutResult]:
-    store = services.store
-    _check_name(services, task)
-    _check_length(request, store.max_artifact_bytes)
-    require_identity(request)
-    commit = functools.partial(
-        Upload.commit,
-        task=task,
-        activate=activate,
-        if_match=if_match(request),
-        if_none_match=if_none_match(request),
-        expected_sha256=content_sha256(request),
-    )
-    async with _open_upload(store) as upload:
+    request: Request, services: Services, task: str, options: ImportOptions, activate: bool
+) -> tuple[bool, PutResult, Recognition]:
+    expected = content_sha256(request)
+    conditions: Conditions = {
+        "activate": activate,
+        "if_match": if_match(request),
+        "if_none_match": if_none_match(request),
+    }
+    async with _open_upload(services.store) as upload:
         await _receive(request, upload)
-        async with _proving_slots(request):
-            existed = _exists(store, task)
-            result = await run_in_threadpool(commit, upload)
-    return existed, result
-
-
-def _check_name(services: Services, task: str) -> None:
-    if check_task_name(task) == services.model_id:
-        raise InvalidTaskName(f"task name {task!r}: that is the base model, which has no prefix")
+        async with proving_slot(request):
+            existed = exists(services.store, task)
+            translate = functools.partial(upload.translate, options, expected_sha256=expected)
+            incoming = await run_in_threadpool(translate)
+            if incoming is None:
+                commit = functools.partial(
+                    upload.commit, task, expected_sha256=expected, **conditions
+                )
+                result = await run_in_threadpool(commit)
+                return existed, result, recognition_of(result.version.manifest)
+            content = incoming.content
+            if isinstance(content, SoftPrompt):
+                content = await services.compiler.bake(content)
+            put = functools.partial(services.store.put, task, content, **conditions)
+            return existed, await run_in_threadpool(put), incoming.recognition
 
 
 def _check_length(request: Request, limit: int) -> None:
@@ -124,17 +128,3 @@ async def _receive(request: Request, upload: Upload) -> None:
             pending.clear()
         if chunk is None:
             return
-
-
-def _proving_slots(request: Request) -> asyncio.Semaphore:
-    slots = request.app.state.proving_slots
-    assert isinstance(slots, asyncio.Semaphore)
-    return slots
-
-
-def _exists(store: PrefixStore, task: str) -> bool:
-    try:
-        store.task(task)
-    except UnknownTask:
-        return False
-    return True

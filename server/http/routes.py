@@ -18,6 +18,7 @@ from starlette.routing import compile_path
 from server.http.admin import delete_task, get_task, list_tasks
 from server.http.admin_aliases import delete_canary, get_alias, put_alias, roll_back
 from server.http.admin_cache import evict_task, get_cache, pin_task, unpin_task, warm_task
+from server.http.admin_compile import CompileRequest, compile_task
 from server.http.admin_content import get_content
 from server.http.admin_upload import put_task
 from server.http.admin_versions import get_version, list_versions
@@ -71,6 +72,7 @@ ROUTES: Final = (
     Route("GET", "/admin/v1/tasks", list_tasks, Scope.ADMIN),
     Route("GET", _TASK, get_task, Scope.ADMIN),
     Route("PUT", _TASK, put_task, Scope.ADMIN, action="upload"),
+    Route("POST", f"{_TASK}/compile", compile_task, Scope.ADMIN, CompileRequest, "compile"),
     Route("DELETE", _TASK, delete_task, Scope.ADMIN, action="delete"),
     Route("GET", f"{_TASK}/versions", list_versions, Scope.ADMIN),
     Route("GET", f"{_TASK}/versions/{{version}}", get_version, Scope.ADMIN),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.requests import Request
 
 from prefix_store.audit_log import AuditLog
+from prefix_store.importers.recognition import Provenance
+from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from server.metrics import Metrics
 from server.types import DeviceReport, GenerationRequest, PinState, PrefixRef, RequestOutput
@@ -42,6 +45,10 @@ class Engine(Protocol):
 
     async def tokenize(self, prompt: str) -> tuple[int, ...]: ...
 
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+    ) -> tuple[int, ...]: ...
+
     def submit(self, request: GenerationRequest) -> OutputStream: ...
 
     def warm(self, ref: PrefixRef) -> None: ...
@@ -59,6 +66,14 @@ class Engine(Protocol):
     def status(self) -> EngineHealth: ...
 
 
+class Compiler(Protocol):
+    """`server.engine.prefix_compiler.PrefixCompiler`."""
+
+    async def bake(self, soft: SoftPrompt) -> bytes: ...
+
+    async def compile(self, token_ids: tuple[int, ...], provenance: Provenance) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """`admin_key` None closes the admin API; `api_key` None opens inference to everyone.
@@ -68,6 +83,7 @@ class Services:
 
     engine: Engine
     store: PrefixStore
+    compiler: Compiler
     metrics: Metrics
     model_id: str
     base_fingerprint: str

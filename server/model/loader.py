@@ -7,8 +7,9 @@ that can not express is refused by name: here from the configuration, in `self_c
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -51,6 +52,8 @@ class LoadedModel:
     position_scheme: Literal["rope", "learned", "none"]
     rope_theta: float | None
     device: torch.device
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -71,6 +74,16 @@ class LoadedModel:
     def connect(self, attention: AttentionFunction) -> None:
         """Has every attention layer call `attention` from now on."""
         connect(self.module, attention)
+
+    @contextlib.contextmanager
+    def connected(self, attention: AttentionFunction) -> Iterator[None]:
+        """Has every attention layer call `attention` meanwhile, and then what it called before."""
+        before: AttentionFunction = self.module.prefixd_attention  # type: ignore[assignment]
+        self.connect(attention)
+        try:
+            yield
+        finally:
+            self.connect(before)
 
 
 def connect(module: nn.Module, attention: AttentionFunction) -> None:
@@ -187,6 +200,9 @@ def adopt_model(module: nn.Module, *, model_id: str) -> LoadedModel:
         position_scheme="rope" if ropes else "learned" if limit else "none",
         rope_theta=float(ropes[0]["rope_theta"]) if ropes and "rope_theta" in ropes[0] else None,
         device=next(module.parameters()).device,
+        # The width of what goes in, which OPT's and others' hidden_size is not.
+        hidden_size=getattr(module.get_input_embeddings(), "embedding_dim", None),  # type: ignore[operator]
+        num_attention_heads=getattr(text, "num_attention_heads", None),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peft_comparison
+from benchmarks import machine_load, peft_comparison
 from benchmarks.contest import Call, Round, agreement, percentile
 from benchmarks.hardware_limits import HardwareLimits, ModelCost
 from benchmarks.peft_contestants import PeftGenerate, load_peft_model
 from benchmarks.workload import SCALES, Request, Workload, make_prefixes, write_model
-
-# PEFT asks the model whether it checkpoints gradients, by a name that transformers is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 TINY = SCALES["tiny"]
 
@@ -39,8 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, 
 def test_all_contestants_give_the_same_tokens_in_float32(run: Any) -> None:
     _, figures, _ = run
 
-    for peer in ("peft_single", "peft_batched"):
-        agreed = figures["agreement"][peer]
+    assert len(figures["agreement"]) == 3, "every two contestants are compared"
+    for agreed in figures["agreement"].values():
         assert agreed["num_requests"] == TINY.workload.num_requests
         assert agreed["identical_share"] == 1.0
         assert agreed["num_distinct"] == TINY.workload.num_requests
@@ -57,6 +56,7 @@ def test_the_last_line_holds_every_figure_that_a_report_needs(run: Any) -> None:
         assert contestant["tokens_per_second"] > 0
         assert 0 < contestant["ttft_median_seconds"] <= contestant["ttft_p95_seconds"]
         assert contestant["share_measured"] == 1.0
+        assert contestant["ttft_alone_seconds"] > 0
         assert len(contestant["load_average_by_round"]) == 2
 
 
@@ -102,7 +102,8 @@ def _call(index: int, seconds: float, first: float) -> Call:
 
 
 def test_a_pass_cut_short_is_continued_with_the_calls_measured() -> None:
-    done = Round((_call(0, 2.0, 0.5), _call(1, 4.0, 1.0)), calls_per_pass=5, load_average=0.0)
+    calls = (_call(0, 2.0, 0.5), _call(1, 4.0, 1.0))
+    done = Round(calls, 5, lone_first_token_seconds=0.1, load_average=0.0, other_cores=0.0)
 
     assert not done.is_full_pass
     assert done.pass_seconds == 2 + 4 + 2 + 4 + 2
@@ -143,3 +144,22 @@ def test_an_embedding_that_is_only_looked_up_costs_no_multiplication() -> None:
 
     assert costs[0].multiplied_params == costs[0].num_params == costs[1].multiplied_params
     assert costs[1].num_params == costs[0].num_params + embedding
+
+
+def test_our_own_work_is_not_counted_as_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            machine_load, "_busy_seconds", time.process_time
+        )  # a machine with only us on it
+        meter = machine_load.OthersMeter()
+        _keep_busy(0.2)
+        assert meter.cores() < 0.01
+    meter = machine_load.OthersMeter()
+    _keep_busy(0.2)
+    assert 0.0 <= meter.cores() <= (os.cpu_count() or 1) + 0.1  # ticks of 10 ms
+
+
+def _keep_busy(seconds: float) -> None:
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        pass

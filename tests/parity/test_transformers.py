@@ -43,6 +43,22 @@ def test_tokens_equal_those_of_transformers_for_every_prefix_length(architecture
     assert harness.blocks.num_used == harness.resident.num_blocks, "a request kept blocks"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_equal_those_of_transformers_on_a_gpu(architecture: str) -> None:
+    module = tiny_model(architecture).cuda()
+    model = adopt_model(module, model_id="tiny")
+    prefix, prompt = random_prefix(model, 37, seed=37), _prompt(1, 12)
+    expected = generate_with_transformers(module, prompt, prefix, 12)
+
+    harness = Harness(module)
+    for i in range(3):
+        harness.add(str(i), prompt, prefix, GREEDY)
+
+    assert set(map(tuple, harness.run().values())) == {tuple(expected)}
+
+
 @pytest.mark.parametrize("attention", ["reference", "sdpa"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt_oss"])
 def test_each_attention_backend_passes_the_check_at_load(architecture: str, attention: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI
 
 from prefix_store.backends.memory import MemoryBackend
+from prefix_store.importers.native import native_artifact
+from prefix_store.importers.recognition import Provenance
+from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.validation import Limits
 from server.errors import InvalidParameter, PinRefused
@@ -26,7 +29,7 @@ from server.types import (
     RequestTimings,
     Resident,
 )
-from tests.prefix_store.builders import TINY_BASE, make_artifact
+from tests.prefix_store.builders import TINY_BASE, make_artifact, random_kv
 
 ADMIN_KEY = "the-admin-key"
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -112,9 +115,18 @@ class FakeEngine:
     warmed: list[str] = field(default_factory=list)
     pins: dict[str, tuple[str, float | None]] = field(default_factory=dict)
     pin_refusal: str | None = None
+    has_no_chat_template: bool = False
 
     async def tokenize(self, prompt: str) -> tuple[int, ...]:
         return tuple(1 + ord(char) % 90 for char in prompt)
+
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+    ) -> tuple[int, ...]:
+        if self.has_no_chat_template:
+            raise InvalidParameter("messages: no chat template", param="messages")
+        text = "".join(f"{m['role']}:{m['content']}" for m in messages)
+        return await self.tokenize(text + "!" * add_generation_prompt)
 
     def submit(self, request: GenerationRequest) -> FakeStream:
         if self.refusal is not None:
@@ -154,6 +166,23 @@ class FakeEngine:
         return self.health
 
 
+class FakeCompiler:
+    """Bakes to random tensors of the right shape, one seed per prompt."""
+
+    def __init__(self) -> None:
+        self.prompts: list[tuple[int, ...] | SoftPrompt] = []
+
+    async def bake(self, soft: SoftPrompt) -> bytes:
+        self.prompts.append(soft)
+        keys, values = random_kv(TINY_BASE, soft.num_virtual_tokens)
+        return native_artifact(TINY_BASE, keys, values, soft.provenance)
+
+    async def compile(self, token_ids: tuple[int, ...], provenance: Provenance) -> bytes:
+        self.prompts.append(token_ids)
+        keys, values = random_kv(TINY_BASE, len(token_ids), seed=sum(token_ids))
+        return native_artifact(TINY_BASE, keys, values, provenance, base_is_known=True)
+
+
 def make_services(engine: FakeEngine, **changes: Any) -> Services:
     """Services around `engine`, with the tasks `poet` (two versions) and `clerk`."""
     store = PrefixStore(
@@ -166,6 +195,7 @@ def make_services(engine: FakeEngine, **changes: Any) -> Services:
     services = Services(
         engine=engine,
         store=store,
+        compiler=FakeCompiler(),
         metrics=Metrics(max_tasks=10),
         model_id="org/tiny",
         base_fingerprint=TINY_BASE.fingerprint,

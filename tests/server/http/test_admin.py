@@ -52,6 +52,9 @@ def test_a_first_upload_is_201_and_can_be_used_at_once(client: TestClient) -> No
         "description": "a test",
         "created": True,
         "activated": True,
+        "recognised": "native artifact, format version 1",
+        "assumed": [],
+        "unverified": [],
         "warnings": [],
     }
     use = client.post("/v1/completions", json={"model": "fresh", "prompt": "x"})

@@ -1,0 +1,92 @@
+"""What every write of a task's prefix shares: its name, its turn, its metric, its answer.
+
+Runs on the event loop; called by `admin_upload` and `admin_compile`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Final, TypedDict
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from prefix_store.errors import InvalidTaskName, PrefixStoreError, UnknownTask
+from prefix_store.importers.recognition import Recognition
+from prefix_store.spec import check_task_name
+from prefix_store.store import PrefixStore
+from prefix_store.upload import PutResult
+from server.errors import RequestError
+from server.http.admin import described, etag_of, note, noted
+from server.http.admin_aliases import follow_pin
+from server.http.json_text import json_response
+from server.http.services import Services, services_of
+
+MAX_PROVING: Final = 2
+"""Prefixes made or proved at a time: each is held in memory as a whole meanwhile."""
+
+
+class Conditions(TypedDict):
+    """Whether a write makes its version live, and what it depends on."""
+
+    activate: bool
+    if_match: str | None
+    if_none_match: bool
+
+
+def check_name(services: Services, task: str) -> None:
+    """Raises `InvalidTaskName`."""
+    if check_task_name(task) == services.model_id:
+        raise InvalidTaskName(f"task name {task!r}: that is the base model, which has no prefix")
+
+
+def exists(store: PrefixStore, task: str) -> bool:
+    """Whether the task has a version now."""
+    try:
+        store.task(task)
+    except UnknownTask:
+        return False
+    return True
+
+
+def proving_slot(request: Request) -> asyncio.Semaphore:
+    """To be held while a prefix is in memory."""
+    slots = request.app.state.proving_slots
+    assert isinstance(slots, asyncio.Semaphore)
+    return slots
+
+
+@contextlib.contextmanager
+def counted(services: Services) -> Iterator[None]:
+    """Counts a refusal; success is counted by `stored`."""
+    try:
+        yield
+    except (PrefixStoreError, RequestError):
+        services.metrics.admin_operation("upload", "refused")
+        raise
+
+
+async def stored(
+    request: Request, existed: bool, result: PutResult, found: Recognition
+) -> Response:
+    """The answer to a write that held, noted for the audit log: 201 for a new task, else 200."""
+    services = services_of(request)
+    noted(request, result.version)
+    note(request, created=result.created, activated=result.activated)
+    warnings = [*result.warnings]
+    if result.activated:
+        warnings += await follow_pin(services, result.version)
+    services.metrics.admin_operation("upload", "created" if result.created else "unchanged")
+    answer = {
+        "object": "task",
+        **described(result.version),
+        "created": result.created,
+        "activated": result.activated,
+        "recognised": found.recognised,
+        "assumed": list(found.assumed),
+        "unverified": list(found.unverified),
+        "warnings": warnings,
+    }
+    return json_response(answer, 200 if existed else 201, etag_of(result.version))

@@ -1,0 +1,25 @@
+"""What the store must know of a loaded model. Runs once at start; called by `server.bootstrap`."""
+
+from __future__ import annotations
+
+from prefix_store.fingerprint import base_fingerprint
+from prefix_store.spec import BaseSpec
+from server.model.loader import LoadedModel
+from server.model.rotary import find_rotary
+
+
+def base_spec(model: LoadedModel) -> BaseSpec:
+    """Geometry, positions and fingerprint of `model`; runs it once on two tokens."""
+    return BaseSpec(
+        model_id=model.model_id,
+        model_type=model.model_type,
+        layout=model.layout,
+        position_limit=model.position_limit,
+        position_scheme=model.position_scheme,
+        rope_theta=model.rope_theta,
+        vocab_size=model.vocab_size,
+        fingerprint=base_fingerprint(model.module),
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        rotary=find_rotary(model) if model.position_scheme == "rope" else None,
+    )
