@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
@@ -57,7 +58,7 @@ from typing import Final
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.contest import Contestant, Result, Rules, compete
+from benchmarks.contest import MAX_TRIES, Contestant, Result, Rules, compete
 from benchmarks.hardware_limits import LimitsMeter, ModelCost
 from benchmarks.peft_contestants import PeftGenerate, load_peft_model
 from benchmarks.prefixd_contestant import Prefixd
@@ -83,11 +84,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="begin no further call after this long; the pass is extrapolated. 0: always a full pass",
     )
     parser.add_argument(
+        "--quiet",
+        type=float,
+        default=math.inf,
+        metavar="CORES",
+        help="try a round again during which other processes used more cores than this (at most "
+        f"{MAX_TRIES} times as many rounds); the quietest count",
+    )
+    parser.add_argument(
         "--threads", type=int, help="torch threads of everybody; torch's choice if left out"
     )
     parser.add_argument("--peft-attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--out", type=Path, help="write the report there as markdown")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.out is not None and arguments.out.exists():
+        parser.error(f"--out {arguments.out} exists, and a report is a record: choose a new name")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,6 +182,7 @@ def _compete(
     rules = Rules(
         repeats=arguments.repeats,
         round_seconds=arguments.round_seconds,
+        quiet_cores=arguments.quiet,
         output_len=output_len,
         warm_up_len=max(2, output_len // 8),
     )

@@ -22,7 +22,7 @@ from prefix_store.artifact import encode
 from prefix_store.spec import BaseModelRef, PrefixManifest
 from server.bootstrap import build_engine, prefix_ref
 from server.config import ServeConfig
-from server.engine.async_engine import RequestStream
+from server.engine.request_stream import RequestStream
 from server.types import (
     GenerationRequest,
     PrefixTier,

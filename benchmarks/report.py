@@ -107,10 +107,10 @@ class Report:
         return self.results[0].tokens_per_second / peer.tokens_per_second
 
     def ratio_range(self, peer: Result) -> tuple[float, float]:
-        """The same of each round by itself: lowest and highest."""
-        pairs = zip(self.results[0].rounds, peer.rounds, strict=True)
-        ratios = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs]
-        return min(ratios), max(ratios)
+        """Our slowest round over the peer's fastest, and the reverse."""
+        ours = [r.tokens_per_second for r in self.results[0].rounds]
+        theirs = [r.tokens_per_second for r in peer.rounds]
+        return min(ours) / max(theirs), max(ours) / min(theirs)
 
     def agreements(self) -> dict[tuple[str, str], Agreement]:
         """Of every two contestants, so that ours with a peer can be held against two peers."""
@@ -167,7 +167,7 @@ class Report:
             f"{machine.memory_gib} GiB",
             f"versions: {versions}; prefixd at commit {machine.commit}",
             f"model: {self.model}, {cost.num_params / 1e6:.1f} M parameters, random weights",
-            f"workload: {self.workload.describe()}; {len(self.results[0].rounds)} rounds, taken in turns",
+            f"workload: {self.workload.describe()}; rounds taken in turns",
             f"limits measured in this run: read {limits.read_bytes_per_second / 1e9:.1f} GB/s, "
             f"multiply {limits.flops_per_second / 1e9:.0f} GFLOP/s",
         ]
@@ -175,13 +175,15 @@ class Report:
             loads = ", ".join(f"{r.load_average:.2f}" for r in result.rounds)
             others = ", ".join(f"{r.other_cores:.2f}" for r in result.rounds)
             lines.append(
-                f"{result.name}: {result.description}; load average before rounds {loads}; cores used by "
+                f"{result.name}: {result.description}; {len(result.rounds)} of {result.num_tried} rounds "
+                f"count, the quietest; load average before rounds {loads}; cores used by "
                 f"other processes during them {others}"
             )
         for peer in self.results[1:]:
             low, high = self.ratio_range(peer)
             lines.append(
-                f"prefixd / {peer.name}: {self.ratio(peer):.2f} ({low:.2f} to {high:.2f} by round)"
+                f"prefixd / {peer.name}: {self.ratio(peer):.2f} ({low:.2f} slowest round to "
+                f"fastest, {high:.2f} the reverse)"
             )
         return lines + [_describe_agreement(pair, a) for pair, a in self.agreements().items()]
 
@@ -226,6 +228,7 @@ class Report:
         return {
             "tokens_per_second": result.tokens_per_second,
             "tokens_per_second_by_round": [r.tokens_per_second for r in result.rounds],
+            "num_rounds_tried": result.num_tried,
             "pass_seconds": result.pass_seconds,
             "share_measured": result.share_measured,
             "ttft_median_seconds": result.ttft_median,

@@ -1,6 +1,7 @@
 """Which versions each task has: the append-only logs, held in memory and advanced record by record.
 
-Versions count up for ever, also across a delete, so `task@v3` never means two things. A log that fails its
+Versions count up for ever, also across a delete, so `task@v3` never means two things; the aliases `live` and
+`canary` move between them, each move a record. A log that fails its
 checks makes that task unavailable. Thread-safe: writers take turns under one lock, which they hold while
 the record is made durable; readers take no lock and see one immutable state of the whole catalog. Called by
 `store`. Knows nothing of torch or files.
@@ -12,22 +13,44 @@ import re
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from prefix_store import records
 from prefix_store.backends.base import RecordLog
 from prefix_store.errors import (
+    NoSuchMove,
     PreconditionFailed,
     PrefixUnavailable,
     UnknownTask,
     UnknownVersion,
 )
-from prefix_store.records import DeleteRecord, PublishRecord, Record
-from prefix_store.spec import PrefixManifest, PrefixVersion, TaskInfo, check_task_name
+from prefix_store.records import (
+    CanaryRecord,
+    DeleteRecord,
+    EndCanaryRecord,
+    PromoteRecord,
+    PublishRecord,
+    Record,
+    RollbackRecord,
+    StoreRecord,
+)
+from prefix_store.spec import Canary, PrefixManifest, PrefixVersion, TaskInfo, check_task_name
 from prefix_store.task_log import BrokenLog, TaskLog, replay
 
 _BY_NUMBER: Final = re.compile(r"v([1-9][0-9]{0,8})")
 _BY_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{12,64}")
+
+
+LIVE: Final = "live"
+CANARY: Final = "canary"
+
+
+class Publication(NamedTuple):
+    """`created`: the bytes were new to the task. `activated`: `live` moved to the version."""
+
+    version: PrefixVersion
+    created: bool
+    activated: bool
 
 
 class Catalog:
@@ -52,85 +75,154 @@ class Catalog:
         size_bytes: int,
         manifest: PrefixManifest,
         *,
+        activate: bool = True,
         if_match: str | None = None,
         if_none_match: bool = False,
-    ) -> tuple[PrefixVersion, bool]:
-        """Make `digest` the live version; durable on return. False: it was live already, nothing changed.
+    ) -> Publication:
+        """Make `digest` a version, and with `activate` the live one; durable on return.
 
+        The same bytes are the same version: if `task` has them already, only `live` may move to it.
         Raises as `check_preconditions` does, and what the log's append raises; then nothing changed.
         """
         with self._lock:
             self.check_preconditions(task, if_match=if_match, if_none_match=if_none_match)
             log = self._task_log(task)
-            if log.live is not None and log.live.digest == digest:
-                return log.live, False
-            record = PublishRecord(
-                index=log.num_records + 1,
-                prev=log.last_hash,
-                task=task,
-                created_at=_now(),
+            known = log.with_digest(digest)
+            if known is not None and (not activate or log.live == known):
+                return Publication(known, created=False, activated=False)
+            if known is not None:
+                self._append(log, PromoteRecord(**_frame(log, task), version=known.version))
+                return Publication(known, created=False, activated=True)
+            kind = PublishRecord if activate else StoreRecord
+            record = kind(
+                **_frame(log, task),
                 version=log.num_versions + 1,
                 digest=digest,
                 size_bytes=size_bytes,
                 manifest=manifest,
             )
-            live = self._append(log, record).live
-            assert live is not None
-            return live, True
+            version = self._append(log, record).versions[-1]
+            return Publication(version, created=True, activated=activate)
 
-    def delete(self, task: str, *, if_match: str | None = None) -> None:
-        """Remove the task with all its versions from every listing; durable on return.
+    def promote(self, task: str, number: int, *, if_match: str | None = None) -> bool:
+        """Make version `number` live; durable on return. False: it was live already, nothing changed.
+
+        Raises `UnknownTask`, `UnknownVersion`, or as `check_preconditions` does.
+        """
+        with self._lock:
+            version = self.get(task, f"v{number}")
+            self.check_preconditions(task, if_match=if_match)
+            log = self._task_log(task)
+            if log.live == version:
+                return False
+            self._append(log, PromoteRecord(**_frame(log, task), version=number))
+            return True
+
+    def rollback(self, task: str, *, if_match: str | None = None) -> PrefixVersion:
+        """Make the version live that was so before the present one; durable on return.
+
+        Raises `NoSuchMove` without one, `UnknownTask`, or as `check_preconditions` does.
+        """
+        with self._lock:
+            log = self._existing(task)
+            self.check_preconditions(task, if_match=if_match)
+            if log.previous is None:
+                raise NoSuchMove(f"task {task!r} has no version that was live before")
+            self._append(log, RollbackRecord(**_frame(log, task), version=log.previous.version))
+            return log.previous
+
+    def set_canary(
+        self,
+        task: str,
+        number: int,
+        weight: float,
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> bool:
+        """Put version `number` on trial; durable on return. False: it was so already.
+
+        The conditions are about the canary. Raises `NoSuchMove` for the live version, `UnknownTask`,
+        `UnknownVersion`, `PreconditionFailed`.
+        """
+        with self._lock:
+            version = self.get(task, f"v{number}")
+            log = self._existing(task)
+            _check_canary(log, task, if_match=if_match, if_none_match=if_none_match)
+            if version == log.live:
+                raise NoSuchMove(
+                    f"version {number} of task {task!r} is live; its canary is another"
+                )
+            if log.canary == Canary(version, weight):
+                return False
+            self._append(log, CanaryRecord(**_frame(log, task), version=number, weight=weight))
+            return True
+
+    def end_canary(self, task: str, *, if_match: str | None = None) -> None:
+        """Send all requests to the live version again; durable on return.
+
+        Raises `UnknownVersion` without a canary, `UnknownTask`, `PreconditionFailed`.
+        """
+        with self._lock:
+            self.get(task, CANARY)
+            log = self._existing(task)
+            _check_canary(log, task, if_match=if_match)
+            self._append(log, EndCanaryRecord(**_frame(log, task)))
+
+    def delete(self, task: str, *, if_match: str | None = None) -> tuple[PrefixVersion, ...]:
+        """Remove the task with all its versions, which are returned; durable on return.
 
         Raises `UnknownTask`, or as `check_preconditions` does.
         """
         with self._lock:
-            self.live(task)
+            log = self._existing(task)
             self.check_preconditions(task, if_match=if_match)
-            log = self._task_log(task)
-            index = log.num_records + 1
-            self._append(
-                log, DeleteRecord(index=index, prev=log.last_hash, task=task, created_at=_now())
-            )
+            self._append(log, DeleteRecord(**_frame(log, task)))
+            return log.versions
 
     def check_preconditions(
         self, task: str, *, if_match: str | None = None, if_none_match: bool = False
     ) -> None:
         """Raise `PreconditionFailed` unless the live version is as the caller expects.
 
-        `if_match`: the digest that must be live, or `*` for any. `if_none_match`: none may be live.
+        `if_match`: the digest that must be live, or `*` for any. `if_none_match`: the task must not exist.
         Raises `InvalidTaskName`, and `PrefixUnavailable` for a task whose log is broken.
         """
-        live = self._task_log(check_task_name(task)).live
-        if if_none_match and live is not None:
-            raise PreconditionFailed(f"task {task!r} exists already, at version {live.version}")
-        if if_match is None:
-            return
-        if live is None:
-            raise PreconditionFailed(f"task {task!r} has no live version to match")
-        if if_match not in ("*", live.digest):
-            raise PreconditionFailed(f"the live version of task {task!r} is {live.digest}")
+        log = self._task_log(check_task_name(task))
+        if if_none_match and log.versions:
+            raise PreconditionFailed(
+                f"task {task!r} exists already, at version {log.versions[-1].version}"
+            )
+        _check_match(f"live version of task {task!r}", log.live, if_match)
 
     def live(self, task: str) -> PrefixVersion:
-        """What the bare name means. Raises `UnknownTask`, `InvalidTaskName`, `PrefixUnavailable`."""
-        live = self._task_log(check_task_name(task)).live
+        """What the bare name means, canaries aside.
+
+        Raises `UnknownTask`, `InvalidTaskName`, `PrefixUnavailable`; `UnknownVersion` if none is live.
+        """
+        live = self._existing(task).live
         if live is None:
-            raise UnknownTask(f"there is no task {task!r}")
+            raise UnknownVersion(f"task {task!r} has no live version; promote one")
         return live
 
     def get(self, task: str, selector: str) -> PrefixVersion:
-        """A version by number (`v3`) or digest (`sha256:` and 12 to 64 hex digits, if that is unique).
+        """A version by number (`v3`), alias (`live`, `canary`) or digest (`sha256:` and 12 to 64 hex digits).
 
-        Raises `UnknownVersion`, and as `live` does. A digest published twice means its later version.
+        Raises `UnknownVersion`, also if a digest's beginning fits several, and as `live` does.
         """
-        self.live(task)
-        versions = self._task_log(task).versions
-        if match := _BY_NUMBER.fullmatch(selector):
-            found = [version for version in versions if version.version == int(match[1])]
+        log = self._existing(task)
+        if selector == LIVE:
+            return self.live(task)
+        if selector == CANARY:
+            found = [log.canary.version] if log.canary else []
+        elif match := _BY_NUMBER.fullmatch(selector):
+            found = [version for version in log.versions if version.version == int(match[1])]
         elif _BY_DIGEST.fullmatch(selector):
-            found = [version for version in versions if version.digest.startswith(selector)]
+            found = [version for version in log.versions if version.digest.startswith(selector)]
         else:
             raise UnknownVersion(
-                f"version {selector[:80]!r}: expected v<number> or sha256:<12 to 64 hex digits>"
+                f"version {selector[:80]!r}: expected v<number>, live, canary or "
+                "sha256:<12 to 64 hex digits>"
             )
         if len({version.digest for version in found}) > 1:
             raise UnknownVersion(f"{selector!r} fits several versions of task {task!r}")
@@ -142,15 +234,19 @@ class Catalog:
         """How many versions the task has had, deleted ones included. Raises as `live` does, but `UnknownTask`."""
         return self._task_log(check_task_name(task)).num_versions
 
+    def is_named(self, version: PrefixVersion) -> bool:
+        """Whether a request could still ask for this version."""
+        log = self._state.get(records.log_name(version.task))
+        return isinstance(log, TaskLog) and version in log.versions
+
     def task(self, name: str) -> TaskInfo:
         """A task with its versions. Raises as `live` does."""
-        live = self.live(name)
-        return TaskInfo(name, live, self._task_log(name).versions)
+        return self._existing(name).info(name)
 
     def tasks(self) -> list[TaskInfo]:
-        """All tasks that have a live version, by name."""
-        logs = [log for log in self._state.values() if isinstance(log, TaskLog)]
-        infos = [TaskInfo(log.live.task, log.live, log.versions) for log in logs if log.live]
+        """All tasks that have a version, by name."""
+        logs = [log for log in self._state.values() if isinstance(log, TaskLog) and log.versions]
+        infos = [log.info(log.versions[0].task) for log in logs]
         return sorted(infos, key=lambda info: info.name)
 
     def num_broken(self) -> int:
@@ -168,6 +264,13 @@ class Catalog:
                 held = self._state.get(name, TaskLog())
                 if isinstance(held, TaskLog):
                     assert held == replay(name, payloads)
+
+    def _existing(self, task: str) -> TaskLog:
+        """The log of a task that has versions. Raises `UnknownTask`, and as `_task_log` does."""
+        log = self._task_log(check_task_name(task))
+        if not log.versions:
+            raise UnknownTask(f"there is no task {task!r}")
+        return log
 
     def _task_log(self, task: str) -> TaskLog:
         log = self._state.get(records.log_name(task), TaskLog())
@@ -190,6 +293,35 @@ def _replay_or_broken(name: str, payloads: Mapping[int, bytes]) -> TaskLog | Bro
         return replay(name, payloads)
     except BrokenLog as broken:
         return broken
+
+
+def _check_canary(
+    log: TaskLog, task: str, *, if_match: str | None, if_none_match: bool = False
+) -> None:
+    if if_none_match and log.canary is not None:
+        number = log.canary.version.version
+        raise PreconditionFailed(f"task {task!r} has a canary already, version {number}")
+    canary = log.canary.version if log.canary else None
+    _check_match(f"canary of task {task!r}", canary, if_match)
+
+
+def _check_match(what: str, present: PrefixVersion | None, if_match: str | None) -> None:
+    if if_match is None:
+        return
+    if present is None:
+        raise PreconditionFailed(f"there is no {what} to match")
+    if if_match not in ("*", present.digest):
+        raise PreconditionFailed(f"the {what} is {present.digest}")
+
+
+def _frame(log: TaskLog, task: str) -> dict[str, Any]:
+    """The fields that tie a new record to the end of `log`."""
+    return {
+        "index": log.num_records + 1,
+        "prev": log.last_hash,
+        "task": task,
+        "created_at": _now(),
+    }
 
 
 def _now() -> str:

@@ -12,8 +12,10 @@
      |-- InvalidTaskName         not a name that a task can have
      |-- UnknownTask             no such task, or it was deleted
      |-- UnknownVersion          the task exists, that version of it does not
+     |-- NoSuchMove              an alias can not be moved so: nothing to roll back to, a canary that is live
      |-- PreconditionFailed      If-Match / If-None-Match did not hold
      |-- PrefixUnavailable       stored, but its bytes can not be read back intact
+     |-- AuditDamaged            the audit log is not what was written to it
      |-- StoreFull               no room left on the device
      |-- StoreFailed             the file system refused an operation; nothing was changed
      `-- StoreLocked             another process owns this store directory
@@ -102,7 +104,11 @@ class UnknownTask(PrefixStoreError):
 
 
 class UnknownVersion(PrefixStoreError):
-    """The task exists; the version asked for does not."""
+    """The task exists; the version or alias asked for does not."""
+
+
+class NoSuchMove(PrefixStoreError):
+    """An alias can not be moved as asked, given where the aliases of the task stand."""
 
 
 class PreconditionFailed(PrefixStoreError):
@@ -111,6 +117,10 @@ class PreconditionFailed(PrefixStoreError):
 
 class PrefixUnavailable(PrefixStoreError):
     """An acknowledged version whose bytes can not be read back intact."""
+
+
+class AuditDamaged(PrefixStoreError):
+    """The end of the audit log was changed by something else than this program."""
 
 
 class StoreFull(PrefixStoreError):

@@ -52,6 +52,7 @@ class HostCache(Generic[V]):
         self._lock = threading.Lock()  # guards everything below
         self._lru: LRUCache[str, V] = LRUCache(capacity_bytes)
         self._loading: dict[str, Future[V]] = {}
+        self._unwanted: set[str] = set()  # being loaded, for those who wait only
         self._hits = 0
         self._misses = 0
         self._evictions = 0
@@ -78,6 +79,18 @@ class HostCache(Generic[V]):
             return pending.result(), False
         return self._load_for_all(digest, mine), False
 
+    def discard(self, digest: str) -> bool:
+        """Do not keep this value; a load under way still serves those who wait for it. True: it was held."""
+        with self._lock:
+            if digest in self._loading:
+                self._unwanted.add(digest)
+            return self._lru.remove(digest) is not None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each value that is held, the least recently used first."""
+        with self._lock:
+            return self._lru.sizes()
+
     def stats(self) -> HostCacheStats:
         """A consistent snapshot."""
         with self._lock:
@@ -95,6 +108,7 @@ class HostCache(Generic[V]):
         with self._lock:
             self._lru.check_invariants()
             assert not self._loading.keys() & set(self._lru.keys())
+            assert self._unwanted <= self._loading.keys()
 
     def _load_for_all(self, digest: str, future: Future[V]) -> V:
         try:
@@ -102,10 +116,14 @@ class HostCache(Generic[V]):
         except BaseException as error:
             with self._lock:
                 del self._loading[digest]
+                self._unwanted.discard(digest)
             future.set_exception(error)
             raise
         with self._lock:
             del self._loading[digest]
-            self._evictions += len(self._lru.put(digest, value, value.num_bytes))
+            if digest in self._unwanted:
+                self._unwanted.discard(digest)
+            else:
+                self._evictions += len(self._lru.put(digest, value, value.num_bytes))
         future.set_result(value)
         return value

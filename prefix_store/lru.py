@@ -46,6 +46,10 @@ class LRUCache(Generic[K, V]):
         """All keys, the least recently used first."""
         return list(self._entries)
 
+    def sizes(self) -> dict[K, int]:
+        """Bytes of each value, the least recently used first."""
+        return {key: entry.num_bytes for key, entry in self._entries.items()}
+
     def get(self, key: K) -> V | None:
         """The value, which becomes the most recently used; None when it is not held."""
         entry = self._entries.pop(key, None)

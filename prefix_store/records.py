@@ -1,8 +1,10 @@
 """The records of a task's version log, and the chain that ties them together.
 
 A record is one JSON object. It names its place (`index`, from 1), the task, and the SHA-256 of the record
-before it (`prev`), so a record that was changed, lost, swapped or moved to another task is noticed. Pure
-functions on any thread; called by `catalog`.
+before it (`prev`), so a record that was changed, lost, swapped or moved to another task is noticed. A `kind`
+never changes its meaning or its fields: what is new gets a new kind, so old logs stay readable for ever, and
+a program that does not know a kind finds the log damaged instead of reading it wrongly. Pure functions on any
+thread; called by `catalog`.
 """
 
 from __future__ import annotations
@@ -37,13 +39,59 @@ class PublishRecord(_Record):
     manifest: PrefixManifest
 
 
+class StoreRecord(_Record):
+    """From here on, `version` can be named; no alias moves."""
+
+    kind: Literal["store"] = "store"
+    version: int = Field(ge=1)
+    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=1)
+    manifest: PrefixManifest
+
+
+class PromoteRecord(_Record):
+    """From here on, `version`, which exists, is live."""
+
+    kind: Literal["promote"] = "promote"
+    version: int = Field(ge=1)
+
+
+class RollbackRecord(_Record):
+    """From here on, `version`, which was live before the present one, is live again."""
+
+    kind: Literal["rollback"] = "rollback"
+    version: int = Field(ge=1)
+
+
+class CanaryRecord(_Record):
+    """From here on, `version` is the canary, and takes `weight` of the bare name's requests."""
+
+    kind: Literal["canary"] = "canary"
+    version: int = Field(ge=1)
+    weight: float = Field(ge=0, le=1, allow_inf_nan=False)
+
+
+class EndCanaryRecord(_Record):
+    """From here on, there is no canary."""
+
+    kind: Literal["end_canary"] = "end_canary"
+
+
 class DeleteRecord(_Record):
     """From here on, the task is gone, with all versions so far."""
 
     kind: Literal["delete"] = "delete"
 
 
-Record = PublishRecord | DeleteRecord
+Record = (
+    PublishRecord
+    | StoreRecord
+    | PromoteRecord
+    | RollbackRecord
+    | CanaryRecord
+    | EndCanaryRecord
+    | DeleteRecord
+)
 _ADAPTER: Final[TypeAdapter[Record]] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 

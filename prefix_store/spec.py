@@ -183,12 +183,26 @@ class PrefixVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """A version on trial: `weight`, 0 to 1, is the share of the bare name's requests that it takes."""
+
+    version: PrefixVersion
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """A task with its versions, oldest first; `live` is the one that the bare name resolves to."""
+    """A task with its versions, oldest first.
+
+    `live`: what the bare name resolves to; None while every version was only stored. `previous`: what a
+    rollback would make live.
+    """
 
     name: str
-    live: PrefixVersion
+    live: PrefixVersion | None
     versions: tuple[PrefixVersion, ...]
+    canary: Canary | None = None
+    previous: PrefixVersion | None = None
 
 
 def split_ref(ref: str) -> tuple[str, str | None]:

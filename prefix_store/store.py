@@ -1,26 +1,28 @@
 """`PrefixStore`: the one object through which everything else reaches prefixes.
 
 It wires the parts (backend, catalog, validation, host cache) and adds nothing to them but the order of the
-steps. All methods may be called from any thread. `resolve`, `task`, `tasks`, `similar`, `is_on_host` and
-`stats` only read memory; `load`, `put`, `delete`, `promote` and uploads touch the disk and block.
+steps. All methods may be called from any thread. Those that say so touch the disk and block; the others only
+read memory.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from prefix_store.artifact import Prefix
-from prefix_store.backends.base import Backend
+from prefix_store.backends.base import Backend, BlobReader
 from prefix_store.backends.filesystem import FilesystemBackend
 from prefix_store.catalog import Catalog
-from prefix_store.errors import PrefixRejected, PrefixUnavailable
+from prefix_store.errors import PrefixRejected, PrefixUnavailable, UnknownTask
 from prefix_store.host_cache import HostCache
+from prefix_store.retention import Retention
 from prefix_store.spec import BaseSpec, PrefixVersion, TaskInfo, digest_of, split_ref
 from prefix_store.upload import PutResult, Upload
-from prefix_store.validation import Limits, accept, max_artifact_bytes, warnings_for
+from prefix_store.validation import Limits, accept, max_artifact_bytes
 
 
 class LoadedPrefix(NamedTuple):
@@ -58,6 +60,7 @@ class PrefixStore:
         if not self._catalog.num_broken():  # a broken log may name blobs that only it knows of
             backend.sweep_blobs(self._catalog.referenced_digests())
         self._host: HostCache[Prefix] = HostCache(host_cache_bytes, self._read_verified)
+        self._retention = Retention(self._is_named, self._remove)
 
     @classmethod
     def open(
@@ -101,44 +104,112 @@ class PrefixStore:
 
     def begin_upload(self) -> Upload:
         """A new upload. Raises `StoreFull` or `StoreFailed`."""
-        return Upload(self._backend.stage(), self._catalog, self._base, self._limits)
+        return Upload(
+            self._backend.stage(), self._catalog, self._retention, self._base, self._limits
+        )
 
     def put(
         self,
         task: str,
         data: bytes,
         *,
+        activate: bool = True,
         if_match: str | None = None,
         if_none_match: bool = False,
     ) -> PutResult:
         """Upload an artifact that is in memory. Raises as `Upload.write` and `Upload.commit` do."""
         with self.begin_upload() as upload:
             upload.write(data)
-            return upload.commit(task, if_match=if_match, if_none_match=if_none_match)
+            return upload.commit(
+                task, activate=activate, if_match=if_match, if_none_match=if_none_match
+            )
 
-    def promote(self, ref: str, *, if_match: str | None = None) -> PutResult:
-        """Publish the bytes of an older version anew as the latest one: a rollback that moves forward.
+    # ---- aliases; all block --------------------------------------------------------------------
 
-        Proves that they can still be read and served. Raises as `resolve`, `load` and `Upload.commit` do.
+    def promote(self, task: str, number: int, *, if_match: str | None = None) -> bool:
+        """Make version `number` live, once it is proved readable. False: it was live already.
+
+        Raises as `resolve`, `load` and `Catalog.promote` do.
         """
-        old = self.resolve(ref)
-        self.load(old.digest)
-        version, created = self._catalog.publish(
-            old.task, old.digest, old.size_bytes, old.manifest, if_match=if_match
-        )
-        return PutResult(version, created, warnings_for(old.manifest, self._base))
+        self.load(self._catalog.get(task, f"v{number}").digest)
+        return self._catalog.promote(task, number, if_match=if_match)
 
-    def delete(self, task: str, *, if_match: str | None = None) -> None:
-        """Remove a task; requests that run with it may still load its bytes until the store is closed.
+    def rollback(self, task: str, *, if_match: str | None = None) -> PrefixVersion:
+        """Make the version live that was so before, once it is proved readable.
+
+        Raises as `resolve`, `load` and `Catalog.rollback` do.
+        """
+        previous = self._catalog.task(task).previous
+        if previous is not None:
+            self.load(previous.digest)
+        return self._catalog.rollback(task, if_match=if_match)
+
+    def set_canary(
+        self,
+        task: str,
+        number: int,
+        weight: float,
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> bool:
+        """Put a version on trial, once it is proved readable. False: it was so already.
+
+        Raises as `resolve`, `load` and `Catalog.set_canary` do.
+        """
+        self.load(self._catalog.get(task, f"v{number}").digest)
+        return self._catalog.set_canary(
+            task, number, weight, if_match=if_match, if_none_match=if_none_match
+        )
+
+    def end_canary(self, task: str, *, if_match: str | None = None) -> None:
+        """End a trial. Raises as `Catalog.end_canary` does."""
+        self._catalog.end_canary(task, if_match=if_match)
+
+    # ---- removal -------------------------------------------------------------------------------
+
+    def delete(self, task: str, *, if_match: str | None = None) -> list[str]:
+        """Remove a task; returns the digests that nobody can ask for any more, for `free`. Blocks.
 
         Raises `UnknownTask`, `InvalidTaskName`, `PreconditionFailed`, `StoreFull`, `StoreFailed`.
         """
-        self._catalog.delete(task, if_match=if_match)
+        versions = self._catalog.delete(task, if_match=if_match)
+        return sorted({v.digest for v in versions} - self._catalog.referenced_digests())
+
+    def hold(self, version: PrefixVersion) -> None:
+        """Keep the bytes of a version for a request until `release`, whatever happens to the task.
+
+        Raises `UnknownTask` when it was deleted since it was resolved.
+        """
+        named = functools.partial(self._catalog.is_named, version)
+        if not self._retention.hold(version.digest, named):
+            raise UnknownTask(f"task {version.task!r} was deleted")
+
+    def release(self, digest: str) -> bool:
+        """End a `hold`. True: it was the last one of bytes that no version names, so `free` them."""
+        return self._retention.release(digest)
+
+    def num_holds(self, digest: str) -> int:
+        """How many requests and uploads hold these bytes."""
+        return self._retention.num_holds(digest)
+
+    def free(self, digest: str) -> bool:
+        """Remove bytes from disk and host memory if nobody names or holds them; True if they went. Blocks.
+
+        While a version log is damaged nothing goes: it may name what no other does.
+        """
+        return self._retention.free(digest)
+
+    def drop_from_host(self, digest: str) -> bool:
+        """Forget a prefix in host memory, not on disk. True: it was there."""
+        return self._host.discard(digest)
+
+    # ---- reading -------------------------------------------------------------------------------
 
     def resolve(self, ref: str) -> PrefixVersion:
-        """What `task`, `task@v3` or `task@sha256:<12 to 64 hex digits>` names now.
+        """What `task`, `task@v3`, `task@canary` or `task@sha256:<12 to 64 hex digits>` names now.
 
-        Raises `InvalidTaskName`, `UnknownTask`, `UnknownVersion` or `PrefixUnavailable`.
+        A canary's share of the bare name is the caller's affair (`canary.takes_canary`). Raises `InvalidTaskName`, `UnknownTask`, `UnknownVersion` or `PrefixUnavailable`.
         """
         task, selector = split_ref(ref)
         return self._catalog.live(task) if selector is None else self._catalog.get(task, selector)
@@ -163,10 +234,18 @@ class PrefixStore:
     def load(self, digest: str) -> LoadedPrefix:
         """A prefix in the serving dtype, from host memory or else from disk. Blocks.
 
-        Takes the digest of any version, also one that was replaced or deleted since the store was opened.
+        Takes the digest of any version, also of a deleted one while it is held.
         Raises `PrefixUnavailable` when the bytes are gone, changed, or not for the resident model.
         """
         return LoadedPrefix(*self._host.get(digest))
+
+    def open_content(self, version: PrefixVersion) -> BlobReader:
+        """The stored bytes, to be read in pieces; not verified. Blocks. Raises `PrefixUnavailable`."""
+        return self._backend.open_blob(version.digest)
+
+    def host_sizes(self) -> dict[str, int]:
+        """Bytes in host memory by digest, least recently used first."""
+        return self._host.sizes()
 
     def is_on_host(self, digest: str) -> bool:
         """Whether `load` would return at once."""
@@ -185,6 +264,14 @@ class PrefixStore:
             disk_bytes=disk.num_bytes,
             disk_entries=disk.num_blobs,
         )
+
+    def _is_named(self, digest: str) -> bool:
+        """Or may be: a damaged log names blobs that only it knows of."""
+        return bool(self._catalog.num_broken()) or digest in self._catalog.referenced_digests()
+
+    def _remove(self, digest: str) -> None:
+        self._backend.remove_blob(digest)
+        self._host.discard(digest)
 
     def _read_verified(self, digest: str) -> Prefix:
         """From disk, trusting nothing: the bytes against their digest, and the prefix against the base."""

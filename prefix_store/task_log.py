@@ -10,8 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from prefix_store import records
-from prefix_store.records import DeleteRecord, PublishRecord, Record
-from prefix_store.spec import PrefixVersion
+from prefix_store.records import (
+    CanaryRecord,
+    DeleteRecord,
+    EndCanaryRecord,
+    PromoteRecord,
+    PublishRecord,
+    Record,
+    RollbackRecord,
+    StoreRecord,
+)
+from prefix_store.spec import Canary, PrefixVersion, TaskInfo
 
 
 class BrokenLog(Exception):
@@ -20,33 +29,98 @@ class BrokenLog(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TaskLog:
-    """`versions`: those that can be named, oldest first, the last one live; empty after a delete.
+    """`versions`: those that can be named, oldest first; empty after a delete.
 
-    `num_versions` counts all that ever were, so that a number is never given twice.
+    `lives`: the versions that were live, the present one last. A promotion adds one, a rollback takes one
+    away, so two rollbacks go back two promotions. `num_versions` counts all versions that ever were, so that
+    a number is never given twice. Invariant: the canary is another version than the live one.
     """
 
     num_records: int = 0
     last_hash: str = records.GENESIS
     num_versions: int = 0
     versions: tuple[PrefixVersion, ...] = ()
+    lives: tuple[PrefixVersion, ...] = ()
+    canary: Canary | None = None
 
     @property
     def live(self) -> PrefixVersion | None:
         """The version that the bare task name means; None without one."""
-        return self.versions[-1] if self.versions else None
+        return self.lives[-1] if self.lives else None
+
+    @property
+    def previous(self) -> PrefixVersion | None:
+        """The version that a rollback would make live."""
+        return self.lives[-2] if len(self.lives) > 1 else None
+
+    def info(self, name: str) -> TaskInfo:
+        """The task as its users see it."""
+        return TaskInfo(name, self.live, self.versions, self.canary, self.previous)
+
+    def find(self, number: int) -> PrefixVersion | None:
+        """The version with this number, if it can be named."""
+        return next((v for v in self.versions if v.version == number), None)
+
+    def with_digest(self, digest: str) -> PrefixVersion | None:
+        """The version of these bytes. A log from before aliases may have several: the live one, or the latest."""
+        if self.live is not None and self.live.digest == digest:
+            return self.live
+        return next((v for v in reversed(self.versions) if v.digest == digest), None)
 
     def apply(self, record: Record, payload: bytes) -> TaskLog:
         """The log after `record`, whose bytes are `payload`. Raises `BrokenLog` if it does not follow."""
         if record.index != self.num_records + 1 or record.prev != self.last_hash:
             raise BrokenLog(f"record {self.num_records + 1} does not continue the chain")
-        advanced = replace(self, num_records=record.index, last_hash=records.chain_hash(payload))
-        if isinstance(record, DeleteRecord):
-            return replace(advanced, versions=())
+        log = replace(self, num_records=record.index, last_hash=records.chain_hash(payload))
+        match record:
+            case PublishRecord():
+                return log._stored(record)._promoted(record.version, record.index)
+            case StoreRecord():
+                return log._stored(record)
+            case PromoteRecord(version=number):
+                return log._promoted(number, record.index)
+            case RollbackRecord(version=number):
+                return log._rolled_back(number, record.index)
+            case CanaryRecord(version=number, weight=weight):
+                return log._with_canary(number, weight, record.index)
+            case EndCanaryRecord():
+                return replace(log, canary=None)
+            case DeleteRecord():
+                return replace(log, versions=(), lives=(), canary=None)
+
+    def _stored(self, record: PublishRecord | StoreRecord) -> TaskLog:
         if record.version != self.num_versions + 1:
-            raise BrokenLog(f"record {record.index} publishes version {record.version} out of turn")
-        return replace(
-            advanced, num_versions=record.version, versions=(*self.versions, _version(record))
-        )
+            raise BrokenLog(f"record {record.index} holds version {record.version} out of turn")
+        versions = (*self.versions, _version(record))
+        return replace(self, num_versions=record.version, versions=versions)
+
+    def _promoted(self, number: int, index: int) -> TaskLog:
+        version = self._named(number, index)
+        return self._with_lives((*self.lives, version))
+
+    def _rolled_back(self, number: int, index: int) -> TaskLog:
+        if self.previous is None or self.previous.version != number:
+            raise BrokenLog(
+                f"record {index} rolls back to version {number}, which was not live before"
+            )
+        return self._with_lives(self.lives[:-1])
+
+    def _with_lives(self, lives: tuple[PrefixVersion, ...]) -> TaskLog:
+        """A canary that becomes live has passed: it is the canary no more."""
+        passed = self.canary is not None and self.canary.version == lives[-1]
+        return replace(self, lives=lives, canary=None if passed else self.canary)
+
+    def _with_canary(self, number: int, weight: float, index: int) -> TaskLog:
+        version = self._named(number, index)
+        if version == self.live:
+            raise BrokenLog(f"record {index} makes the live version the canary")
+        return replace(self, canary=Canary(version, weight))
+
+    def _named(self, number: int, index: int) -> PrefixVersion:
+        version = self.find(number)
+        if version is None:
+            raise BrokenLog(f"record {index} names version {number}, which is not there")
+        return version
 
 
 def replay(name: str, payloads: Mapping[int, bytes]) -> TaskLog:
@@ -65,7 +139,7 @@ def replay(name: str, payloads: Mapping[int, bytes]) -> TaskLog:
     return log
 
 
-def _version(record: PublishRecord) -> PrefixVersion:
+def _version(record: PublishRecord | StoreRecord) -> PrefixVersion:
     return PrefixVersion(
         task=record.task,
         version=record.version,

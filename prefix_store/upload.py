@@ -1,8 +1,8 @@
 """One upload: bytes come in, are judged, and become a version, or leave no trace.
 
 Worker threads of the HTTP handler call it, one step after the other; an abort that comes while a commit
-still runs (its client went away) waits for it. `store` makes uploads and lends them its parts. The order is the promise: everything is proved before anything is visible, and the blob is durable
-before the log names it.
+still runs (its client went away) waits for it. `store` makes uploads and lends them its parts. The order is
+the promise: everything is proved before anything is visible, and the blob is durable before the log names it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prefix_store.errors import ArtifactTooLarge, DigestMismatch, Problem, Store
 from prefix_store.header import LENGTH_BYTES, MAX_HEADER_BYTES, read_header
 from prefix_store.importers.incoming import Incoming, recognise
 from prefix_store.importers.recognition import ImportOptions
+from prefix_store.retention import Retention
 from prefix_store.spec import BaseSpec, PrefixManifest, PrefixVersion, digest_of
 from prefix_store.validation import (
     Limits,
@@ -29,10 +30,11 @@ from prefix_store.validation import (
 
 @dataclass(frozen=True, slots=True)
 class PutResult:
-    """`created` is False when those bytes were live already, and nothing changed."""
+    """`created`: the bytes were new to the task. `activated`: `live` moved to the version."""
 
     version: PrefixVersion
     created: bool
+    activated: bool
     warnings: tuple[str, ...]
 
 
@@ -40,10 +42,16 @@ class Upload:
     """A context manager: aborted on leaving, unless committed."""
 
     def __init__(
-        self, staged: StagedBlob, catalog: Catalog, base: BaseSpec, limits: Limits
+        self,
+        staged: StagedBlob,
+        catalog: Catalog,
+        retention: Retention,
+        base: BaseSpec,
+        limits: Limits,
     ) -> None:
         self._staged = staged
         self._catalog = catalog
+        self._retention = retention
         self._base = base
         self._limits = limits
         self._lock = threading.RLock()  # a file closed under its reader might be another's by then
@@ -93,11 +101,12 @@ class Upload:
         self,
         task: str,
         *,
+        activate: bool = True,
         if_match: str | None = None,
         if_none_match: bool = False,
         expected_sha256: str | None = None,
     ) -> PutResult:
-        """Prove the bytes and make them the live version of `task`; durable on return.
+        """Prove the bytes and make them a version of `task`, with `activate` the live one; durable on return.
 
         `if_match`, `if_none_match`: as in `Catalog.check_preconditions`. `expected_sha256`: the digest
         that the caller announced, with or without `sha256:` before it. Raises `InvalidTaskName`,
@@ -110,16 +119,18 @@ class Upload:
             self._check_digest(expected_sha256)
             manifest = self._prove()
             digest, size_bytes = self._staged.digest, self._staged.num_bytes
-            self._staged.publish()
-            version, created = self._catalog.publish(
-                task,
-                digest,
-                size_bytes,
-                manifest,
-                if_match=if_match,
-                if_none_match=if_none_match,
-            )
-        return PutResult(version, created, warnings_for(manifest, self._base))
+            with self._retention.naming(digest):
+                self._staged.publish()
+                published = self._catalog.publish(
+                    task,
+                    digest,
+                    size_bytes,
+                    manifest,
+                    activate=activate,
+                    if_match=if_match,
+                    if_none_match=if_none_match,
+                )
+        return PutResult(*published, warnings_for(manifest, self._base))
 
     def abort(self) -> None:
         """Drop what was written. Harmless after `commit` and when repeated."""

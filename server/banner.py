@@ -19,7 +19,7 @@ def start_up_summary(application: Application, url: str) -> str:
     """The banner; `url` is where the server listens."""
     serving = application.serving
     model, pool, config = serving.model, serving.pool, serving.config
-    live = [info.live for info in serving.store.tasks()]
+    live = [info.live for info in serving.store.tasks() if info.live]
     rows = [
         (
             "model",

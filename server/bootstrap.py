@@ -27,7 +27,7 @@ from server.engine.core import EngineParts
 from server.engine.prefix_compiler import PrefixCompiler
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
-from server.errors import ConfigError
+from server.errors import ConfigError, PinRefused
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
 from server.kvcache.pool_plan import PoolPlan, plan_pool
@@ -73,9 +73,13 @@ class ServingEngine:
         """Starts the engine thread; makes the pinned tasks resident, and all of the demo's few."""
         await self.engine.start()
         for task in self.config.pin:
-            self.engine.warm(prefix_ref(self.store.resolve(task)), pin=True)
+            try:
+                await self.engine.pin(prefix_ref(self.store.resolve(task)))
+            except PinRefused as refused:  # a version that grew must not keep the server down
+                logger.error("--pin %s: %s", task, refused)
         for info in self.store.tasks() if self.is_demo else ():
-            self.engine.warm(prefix_ref(info.live))
+            if info.live is not None:
+                self.engine.warm(prefix_ref(info.live))
 
     async def stop(self) -> None:
         """Stops the engine, then gives the store up."""
@@ -106,6 +110,7 @@ def prefix_ref(version: PrefixVersion) -> PrefixRef:
 
 def build(config: ServeConfig) -> Application:
     """Model, store, engine, metrics and web application. Raises `PrefixdError` or `PrefixStoreError`."""
+    from prefix_store.audit_log import AuditLog
     from server.http.app import Services, create_app
 
     started = time.monotonic()
@@ -125,6 +130,9 @@ def build(config: ServeConfig) -> Application:
     metrics.set_model_load_seconds(seconds)
     metrics.set_device_capacity(serving.pool.pool_bytes)
     assert config.admin_key is not None
+    audit = AuditLog(config.store_dir / "audit")
+    if audit.torn_bytes:
+        logger.warning("cut %d bytes of a torn last line off the audit log", audit.torn_bytes)
     services = Services(
         engine=serving.engine,
         store=serving.store,
@@ -136,8 +144,14 @@ def build(config: ServeConfig) -> Application:
         api_key=config.api_key.get_secret_value() if config.api_key else None,
         max_body_bytes=int(config.max_body_bytes),
         version=__version__,
+        audit=audit,
     )
-    app = create_app(services, on_startup=serving.start, on_shutdown=serving.stop)
+
+    async def stop() -> None:
+        await serving.stop()
+        audit.close()
+
+    app = create_app(services, on_startup=serving.start, on_shutdown=stop)
     return Application(serving, metrics, app, seconds)
 
 
@@ -211,7 +225,10 @@ def _wire(
     attention = PagedAttention(backend, kv_cache)
     model.connect(attention)
     limits = SchedulerLimits(
-        config.max_num_seqs, config.max_num_batched_tokens, model.eos_token_ids
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        model.eos_token_ids,
+        config.pin_budget,
     )
     parts = EngineParts(
         scheduler=Scheduler(limits, blocks, prefixes),

@@ -1,7 +1,8 @@
 """The command line: parse, configure, hand over. Runs on the main thread.
 
     prefixd serve | demo | generate | config show | version      here
-    prefixd tasks push | list | show | rm                        in `server.cli_tasks`
+    prefixd tasks ...                                            in `server.cli_tasks`
+    prefixd audit verify                                         in `server.cli_audit`
 
 Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
 """
@@ -20,6 +21,7 @@ from pydantic import SecretStr
 
 from prefix_store.errors import PrefixStoreError
 from server import __version__
+from server.cli_audit import audit_app
 from server.cli_convert import convert_app
 from server.cli_tasks import tasks_app
 from server.config import ServeConfig, check_exposure
@@ -52,6 +54,7 @@ app = App(
 )
 config_app = App(name="config", help="Look at the configuration.")
 app.command(tasks_app)
+app.command(audit_app)
 app.command(convert_app)
 app.command(config_app)
 

@@ -1,60 +1,25 @@
-"""`prefixd tasks`: the admin API of a running server, from the command line. Runs on the main thread."""
+"""`prefixd tasks`: the admin API of a running server, from the command line. Runs on the main thread.
+
+push | pull                                  in `server.cli_transfer`
+list | show | promote | rollback | canary | pin | unpin | warm | evict | rm        here
+"""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 from cyclopts import App, Parameter
 
-from server.config import environment
-from server.errors import PrefixdError
+from server.cli_client import AdminKey, CommandFailed, Url, call
+from server.cli_transfer import pull, push
 
-if TYPE_CHECKING:
-    import httpx2
-
-DEFAULT_URL: Final = "http://127.0.0.1:8000"
-TIMEOUT_SECONDS: Final = 300.0  # an upload is proved and made durable before it is answered
 _PAGE: Final = 1000
 
-tasks_app = App(name="tasks", help="Upload, list and remove the tasks of a running server.")
+tasks_app = App(name="tasks", help="Upload, list, move and remove the tasks of a running server.")
+tasks_app.command(push)
+tasks_app.command(pull)
 
-Url: TypeAlias = Annotated[
-    str | None, Parameter(help=f"The server; PREFIXD_URL, or {DEFAULT_URL}, if left out")
-]
-AdminKey: TypeAlias = Annotated[
-    str | None, Parameter(help="Its admin key; PREFIXD_ADMIN_KEY if left out")
-]
-
-
-class CommandFailed(PrefixdError):
-    """The server refused, or could not be reached; the message is for the terminal."""
-
-
-@tasks_app.command
-def push(
-    file: Path,
-    *,
-    task: Annotated[str | None, Parameter(help="The file's name if left out")] = None,
-    url: Url = None,
-    admin_key: AdminKey = None,
-) -> str:
-    """Upload FILE as the new version of a task."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CommandFailed(f"{file}: {error.strerror}") from None
-    digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
-    headers = {"content-digest": f"sha-256=:{digest}:", "content-type": "application/octet-stream"}
-    answer = _call(
-        "PUT", f"/tasks/{task or file.stem}", url, admin_key, content=data, headers=headers
-    ).json()
-    state = "live" if answer["created"] else "unchanged, these bytes were live already"
-    lines = [f"{answer['task']}@v{answer['version']}  {answer['digest']}  {state}"]
-    lines += [f"warning: {warning}" for warning in answer["warnings"]]
-    return "\n".join(lines)
+VersionName: TypeAlias = Annotated[str, Parameter(help="Its number: 3 or v3")]
 
 
 @tasks_app.command(name="list")
@@ -64,71 +29,136 @@ def list_tasks(*, url: Url = None, admin_key: AdminKey = None) -> str:
     after = ""
     while True:
         params = {"limit": str(_PAGE), "after": after}
-        page = _call("GET", "/tasks", url, admin_key, params=params).json()
+        page = call("GET", "/tasks", url, admin_key, params=params).json()
         rows += page["data"]
         if not page["has_more"]:
             break
         after = page["last_id"]
+    for row in rows:
+        canary = row["canary"]
+        row["aliases"] = ["live"] if row["live"] else []
+        row["aliases"] += [f"canary v{canary['version']} {canary['weight']:.0%}"] if canary else []
     return _table(rows) if rows else "no tasks"
 
 
 @tasks_app.command
 def show(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Show a task's versions, newest first."""
-    return _table(_call("GET", f"/tasks/{task}", url, admin_key).json()["versions"])
+    return _table(call("GET", f"/tasks/{task}", url, admin_key).json()["versions"])
+
+
+@tasks_app.command
+def promote(task: str, version: VersionName, *, url: Url = None, admin_key: AdminKey = None) -> str:
+    """Make a version live."""
+    answer = _move(task, "live", {"version": _number(version)}, url, admin_key)
+    return _moved(answer, "live" if answer["changed"] else "live already")
+
+
+@tasks_app.command
+def rollback(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
+    """Make the version live that was so before."""
+    return _moved(call("POST", f"/tasks/{task}/rollback", url, admin_key).json(), "live again")
+
+
+@tasks_app.command
+def canary(
+    task: str,
+    version: Annotated[str | None, Parameter(help="Its number; left out with --end")] = None,
+    *,
+    weight: Annotated[float, Parameter(help="Share of the requests, 0 to 1")] = 0.0,
+    end: Annotated[bool, Parameter(negative=(), help="End the trial")] = False,
+    url: Url = None,
+    admin_key: AdminKey = None,
+) -> str:
+    """Put a version on trial with a share of the task's requests, or end the trial."""
+    if end == (version is not None):
+        raise CommandFailed("name the version to try, or pass --end")
+    if version is None:
+        call("DELETE", f"/tasks/{task}/aliases/canary", url, admin_key)
+        return f"{task} has no canary"
+    body = {"version": _number(version), "weight": weight}
+    return _moved(_move(task, "canary", body, url, admin_key), f"canary with {weight:.1%}")
+
+
+@tasks_app.command
+def pin(
+    task: str,
+    *,
+    ttl: Annotated[float | None, Parameter(help="Seconds; for ever if left out")] = None,
+    url: Url = None,
+    admin_key: AdminKey = None,
+) -> str:
+    """Keep a task's live version on the device."""
+    body = {"ttl_seconds": ttl}
+    answer = call("POST", f"/tasks/{task}/pin", url, admin_key, json=body).json()
+    until = "until it is unpinned" if ttl is None else f"for {ttl:g} s"
+    used, budget = answer["pinned_blocks"], answer["pin_budget_blocks"]
+    return _moved(answer, f"pinned {until}; {used} of {budget} blocks of the pin budget")
+
+
+@tasks_app.command
+def unpin(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
+    """Let the cache decide about a task again."""
+    call("POST", f"/tasks/{task}/unpin", url, admin_key)
+    return f"{task} unpinned"
+
+
+@tasks_app.command
+def warm(
+    task: str,
+    version: Annotated[str | None, Parameter(help="Its number; the live one if left out")] = None,
+    *,
+    url: Url = None,
+    admin_key: AdminKey = None,
+) -> str:
+    """Load a version onto the device before it is asked for."""
+    body = {"version": None if version is None else _number(version)}
+    answer = call("POST", f"/tasks/{task}/warm", url, admin_key, json=body).json()
+    return _moved(answer, "on its way to the device")
+
+
+@tasks_app.command
+def evict(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
+    """Free a task on the device, once no request reads it, and in host memory."""
+    answer = call("POST", f"/tasks/{task}/evict", url, admin_key).json()
+    return f"{task} evicted, {len(answer['digests'])} versions"
 
 
 @tasks_app.command(name="rm")
 def remove(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Remove a task with all its versions."""
-    _call("DELETE", f"/tasks/{task}", url, admin_key)
+    call("DELETE", f"/tasks/{task}", url, admin_key)
     return f"{task} removed"
 
 
-def _call(
-    method: str, path: str, url: str | None, admin_key: str | None, **arguments: Any
-) -> httpx2.Response:
-    """The server's answer; raises `CommandFailed` for anything but success."""
-    import httpx2
-
-    base = (url or environment("URL") or DEFAULT_URL).rstrip("/")
-    key = admin_key or environment("ADMIN_KEY")
-    if not key:
-        raise CommandFailed("no admin key: pass --admin-key or set PREFIXD_ADMIN_KEY")
-    headers = {**arguments.pop("headers", {}), "authorization": f"Bearer {key}"}
-    try:
-        response = httpx2.request(
-            method,
-            f"{base}/admin/v1{path}",
-            headers=headers,
-            timeout=TIMEOUT_SECONDS,
-            **arguments,
-        )
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise CommandFailed(f"can not reach {base}: {error}; is the server running?") from None
-    if not response.is_success:
-        raise CommandFailed(_refusal(response))
-    return response
+def _move(
+    task: str, alias: str, body: dict[str, Any], url: str | None, admin_key: str | None
+) -> dict[str, Any]:
+    path = f"/tasks/{task}/aliases/{alias}"
+    answer: dict[str, Any] = call("PUT", path, url, admin_key, json=body).json()
+    return answer
 
 
-def _refusal(response: httpx2.Response) -> str:
-    """What the server said, with every fault of an artifact on a line of its own."""
-    try:
-        problem = response.json()
-        detail, faults = problem["detail"], problem.get("errors", [])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {response.status_code}: {response.text[:500]}"
-    if not faults:
-        return f"{response.status_code}: {detail}"
-    lines = [f"{fault['pointer']}: {fault['detail']}" for fault in faults]
-    return "\n".join([f"{response.status_code}: the artifact was refused", *lines])
+def _moved(answer: dict[str, Any], state: str) -> str:
+    lines = [f"{answer['task']}@v{answer['version']}  {answer['digest']}  {state}"]
+    lines += [f"warning: {warning}" for warning in answer.get("warnings", [])]
+    return "\n".join(lines)
+
+
+def _number(version: str) -> int:
+    digits = version.removeprefix("v")
+    if not (digits.isascii() and digits.isdecimal()):
+        raise CommandFailed(f"version {version!r}: expected a number, as 3 or v3")
+    return int(digits)
 
 
 def _table(versions: list[dict[str, Any]]) -> str:
-    lines = [f"{'TASK':<24} {'VERSION':>7} {'TOKENS':>6} {'BYTES':>12}  {'DIGEST':<19}  CREATED"]
+    lines = [
+        f"{'TASK':<24} {'VERSION':>7} {'TOKENS':>6} {'BYTES':>12}  {'DIGEST':<19}  {'CREATED':<29}  ALIASES"
+    ]
     lines += [
         f"{v['task']:<24} {'v' + str(v['version']):>7} {v['num_virtual_tokens']:>6} "
-        f"{v['size']:>12}  {v['digest'][:19]}  {v['created_at']}"
+        f"{v['size']:>12}  {v['digest'][:19]}  {v['created_at']:<29}  {', '.join(v['aliases'])}".rstrip()
         for v in versions
     ]
     return "\n".join(lines)

@@ -157,6 +157,9 @@ class ServeConfig(BaseSettings):
         default=4096, ge=1, le=1_000_000, description="Longest prefix that may be uploaded"
     )
     pin: _TaskNames = Field(default=(), description="Tasks kept resident; repeat, or use commas")
+    pin_budget: Annotated[float, Parameter(group=_STORE)] = Field(
+        default=0.5, ge=0, le=1, description="Share of the KV blocks that pinned tasks may take"
+    )
 
     max_num_seqs: Annotated[int, Parameter(group=_ENGINE)] = Field(
         default=64, ge=1, le=4096, description="Sequences that decode together"

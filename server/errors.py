@@ -8,6 +8,7 @@
      |    |-- InvalidParameter
      |    |-- ContextTooLong         prefix + prompt + max_tokens exceed what the model or pool can hold
      |    `-- ModelNotFound          no such task (or version of it); `param` is model or task
+     |-- PinRefused                  pinned prefixes would hold more of the pool than their budget
      |-- EngineOverloaded            the queue is full; try again later
      |-- EngineStopped               the engine is shutting down or has died
      `-- GenerationFailed            this request failed while it ran; others did not
@@ -52,6 +53,10 @@ class ContextTooLong(RequestError):
 
 class ModelNotFound(RequestError):
     """The named task or version does not exist."""
+
+
+class PinRefused(PrefixdError):
+    """The pin budget does not allow it; the message has the figures and names the setting."""
 
 
 class EngineOverloaded(PrefixdError):

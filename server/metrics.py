@@ -27,6 +27,7 @@ OTHER_TASKS: Final = "_other"
 ENDPOINTS: Final = ("completions", "generate")
 OUTCOMES: Final = ("stop", "length", "cancelled", "error", "rejected")
 REJECTIONS: Final = ("queue_full", "stopped", "too_long")
+_ROLE: Final = ("task", "version_role")
 _OPENMETRICS: Final = "application/openmetrics-text"
 _TIERS: Final = tuple(str(tier) for tier in PrefixTier if tier is not PrefixTier.NONE)
 
@@ -43,23 +44,8 @@ _STEP: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 _LOAD: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _HTTP: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _TOKENS: Final = (
-    1,
-    2,
-    5,
-    10,
-    20,
-    50,
-    100,
-    200,
-    500,
-    1000,
-    2000,
-    5000,
-    10_000,
-    20_000,
-    50_000,
-    100_000,
-)
+    1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000,
+)  # fmt: skip
 _POWERS: Final = tuple(float(2**k) for k in range(13))
 
 
@@ -124,6 +110,15 @@ class Metrics:
         )
         self._decode_time = histogram(
             "decode_time_seconds", "From the first token to the last", _LATENCY
+        )
+        self._role_requests = counter(
+            "task_version_requests", "Requests by alias, of those that name none", *_ROLE
+        )
+        self._role_failures = counter(
+            "task_version_failures", "Those of them that ended in an error", *_ROLE
+        )
+        self._role_first_token = histogram(
+            "task_version_first_token_seconds", "From submission to first token", _LATENCY, *_ROLE
         )
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens taken in", "task")
         self._output_tokens = counter("generation_tokens", "Tokens generated", "task")
@@ -233,6 +228,15 @@ class Metrics:
             mean = sum(stats.inter_token_seconds) / len(stats.inter_token_seconds)
             self._per_token.labels(task).observe(mean)
         self._observe_timings(stats, task)
+        if stats.version_role:
+            self._count_role(stats, task, stats.version_role)
+
+    def _count_role(self, stats: RequestStats, task: str, role: str) -> None:
+        """What a canary is judged by, beside the live version at the same time."""
+        self._role_requests.labels(task, role).inc()
+        self._role_failures.labels(task, role).inc(stats.outcome == "error")
+        if stats.timings.first_token_seconds is not None:
+            self._role_first_token.labels(task, role).observe(stats.timings.first_token_seconds)
 
     def _observe_timings(self, stats: RequestStats, task: str) -> None:
         queue, first = stats.timings.queue_seconds, stats.timings.first_token_seconds
@@ -300,6 +304,7 @@ class Metrics:
         self._tasks.discard(task)
         labelled = [self._requests, self._duration, self._first_token, self._per_token]
         labelled += [self._prompt_tokens, self._output_tokens, self._resident_gauge]
+        labelled += [self._role_requests, self._role_failures, self._role_first_token]
         for series in labelled:
             series.remove_by_labels({"task": task})
         self._resident.discard(task)

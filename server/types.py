@@ -115,13 +115,17 @@ class PrefixRef:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt for one task (`prefix` None: the bare base model). `request_id` is ours, never a client's."""
+    """One prompt for one task (`prefix` None: the bare base model). `request_id` is ours, never a client's.
+
+    `version_role`: live or canary, for metrics; empty for a request that names a version, or no task.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     prefix: PrefixRef | None = None
     endpoint: str = "completions"
+    version_role: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,38 @@ class RequestOutput:
     error: str | None = None
     prefix_tier: PrefixTier = PrefixTier.NONE
     timings: RequestTimings = RequestTimings()
+
+
+@dataclass(frozen=True, slots=True)
+class PinState:
+    """What came of an order to pin: `refusal` is a sentence, None if it was carried out."""
+
+    refusal: str | None
+    num_pinned_blocks: int
+    budget_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """One prefix on the device. `pin_seconds_left`: None if it is not pinned, or for ever."""
+
+    ref: PrefixRef
+    num_blocks: int
+    num_leases: int
+    pinned: bool
+    pin_seconds_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """The device tier at one moment, least recently used first. `block_bytes`: of one block, over all layers."""
+
+    num_blocks: int
+    num_blocks_used: int
+    num_pinned_blocks: int
+    pin_budget_blocks: int
+    residents: tuple[Resident, ...]
+    block_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +234,4 @@ class RequestStats:
     num_output_tokens: int
     timings: RequestTimings
     inter_token_seconds: tuple[float, ...] = ()
+    version_role: str = ""

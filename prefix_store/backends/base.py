@@ -61,6 +61,23 @@ class StagedBlob(Protocol):
         ...
 
 
+class BlobReader(Protocol):
+    """A published blob, open. Used by one thread at a time, and closed by whoever opened it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        ...
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Bytes from `start`; fewer than asked at the end. Raises `PrefixUnavailable`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it. Harmless when repeated."""
+        ...
+
+
 class RecordLog(Protocol):
     """Named logs of numbered records: what the catalog stands on."""
 
@@ -87,6 +104,20 @@ class Backend(RecordLog, Protocol):
         """A published blob, in memory that the caller then owns; not verified.
 
         Raises `PrefixUnavailable` when it is not there or can not be read.
+        """
+        ...
+
+    def open_blob(self, digest: str) -> BlobReader:
+        """A published blob to be read in pieces; not verified. Raises `PrefixUnavailable`.
+
+        What is open can be read to its end, also after `remove_blob`.
+        """
+        ...
+
+    def remove_blob(self, digest: str) -> None:
+        """Remove a blob as far as that is possible; one that is not there is fine.
+
+        Need not last: a blob that comes back with a power loss is swept at the next opening.
         """
         ...
 

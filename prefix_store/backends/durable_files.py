@@ -60,9 +60,19 @@ def read_fd(fd: int, num_bytes: int) -> bytearray:
     return data
 
 
+def open_existing(path: Path) -> int:
+    """A file to be read; fails if the name is a link."""
+    return os.open(path, _EXISTING_FILE)
+
+
+def open_for_appending(path: Path) -> int:
+    """An existing file to be written to at its end; fails if the name is a link."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
 def read_file(path: Path) -> bytearray:
     """A whole file in memory of our own, never mapped: a mapped file can shrink under its reader."""
-    fd = os.open(path, _EXISTING_FILE)
+    fd = open_existing(path)
     try:
         return read_fd(fd, os.fstat(fd).st_size)
     finally:

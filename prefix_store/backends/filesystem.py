@@ -86,6 +86,22 @@ class FilesystemBackend:
         except OSError as error:
             raise PrefixUnavailable("the artifact can not be read from the store") from error
 
+    def open_blob(self, digest: str) -> FileBlobReader:
+        """A blob as an open file. Raises `PrefixUnavailable`."""
+        if not is_digest(digest):
+            raise PrefixUnavailable("the digest is not one of this store")
+        try:
+            return FileBlobReader(files.open_existing(self._blob_path(digest)))
+        except OSError as error:
+            raise PrefixUnavailable("the artifact can not be read from the store") from error
+
+    def remove_blob(self, digest: str) -> None:
+        """Unlink a blob; readers that have it open keep it."""
+        assert is_digest(digest), "a digest becomes a path"
+        with self._commit_lock:
+            files.remove(self._blob_path(digest))
+            self._blob_sizes.pop(digest, None)
+
     def sweep_blobs(self, keep: Set[str]) -> None:
         """Remove the blobs that are not in `keep`; one that can not be removed is left."""
         with self._commit_lock:
@@ -183,6 +199,32 @@ class FilesystemBackend:
                     payload = bytes(files.read_file(path))
                 records[int(path.stem)] = payload
         return records
+
+
+class FileBlobReader:
+    """A blob as an open file: read with `pread`, never mapped."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._num_bytes = os.fstat(fd).st_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        return self._num_bytes
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Bytes from `start`. Raises `PrefixUnavailable`."""
+        try:
+            return os.pread(self._fd, num_bytes, start)
+        except OSError as error:
+            raise PrefixUnavailable("the artifact can not be read from the store") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            files.close_quietly(self._fd)
+            self._fd = -1
 
 
 class FileStagedBlob:

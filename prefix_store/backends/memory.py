@@ -33,6 +33,15 @@ class MemoryBackend:
                 raise PrefixUnavailable("the artifact is not in the store")
             return bytearray(self.blobs[digest])
 
+    def open_blob(self, digest: str) -> MemoryBlobReader:
+        """The blob as it is now. Raises `PrefixUnavailable`."""
+        return MemoryBlobReader(bytes(self.read_blob(digest)))
+
+    def remove_blob(self, digest: str) -> None:
+        """Forget a blob."""
+        with self._lock:
+            self.blobs.pop(digest, None)
+
     def keep_blob(self, digest: str, data: bytes) -> None:
         """Publish, for `MemoryStagedBlob`."""
         with self._lock:
@@ -64,6 +73,25 @@ class MemoryBackend:
 
     def close(self) -> None:
         """Nothing to give up."""
+
+
+class MemoryBlobReader:
+    """A blob that is in memory anyway."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        return len(self._data)
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Bytes from `start`."""
+        return self._data[start : start + num_bytes]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class MemoryStagedBlob:

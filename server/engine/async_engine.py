@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -29,15 +30,20 @@ from server.engine.messages import (
     EvictPrefix,
     Message,
     SequenceOutput,
+    UnpinTask,
     WarmPrefix,
 )
+from server.engine.orders import Orders
 from server.engine.output_processor import OutputProcessor
 from server.engine.prefetch import Prefetcher, PrefixAnswer, PrefixSource
+from server.engine.request_stream import RequestStream
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineOverloaded, EngineStopped
 from server.types import (
+    DeviceReport,
     FinishReason,
     GenerationRequest,
+    PinState,
     PrefixRef,
     RequestOutput,
     RequestStats,
@@ -67,44 +73,6 @@ class EngineStatus:
     num_waiting: int
 
 
-class RequestStream(AsyncIterator[RequestOutput]):
-    """The increments of one request, all choices interleaved, until each has a finish reason.
-
-    Increments that a slow reader has not taken yet wait here; there are at most `max_tokens` per choice.
-    """
-
-    def __init__(self, processor: OutputProcessor, abort: Callable[[str], None]) -> None:
-        self.processor = processor
-        self._abort = abort
-        self._queue: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
-        self._closed = False
-
-    def put(self, output: RequestOutput) -> None:
-        """Hands over an increment."""
-        self._queue.put_nowait(output)
-
-    def end(self) -> None:
-        """No increment comes any more: lets a reader go that waits for one."""
-        self._queue.put_nowait(None)
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        output = None if self._closed else await self._queue.get()
-        if output is None:
-            self._closed = True
-            raise StopAsyncIteration
-        return output
-
-    async def aclose(self) -> None:
-        """Ends the stream; aborts the request if it still runs. May be called at any time, repeatedly."""
-        self._closed = True
-        self.end()
-        if not self.processor.finished:
-            self._abort(self.processor.request.request_id)
-
-
 class AsyncEngine:
     """One engine thread, many streams."""
 
@@ -123,11 +91,13 @@ class AsyncEngine:
         self._tokenizer = tokenizer
         self._observer = observer
         self._seeds = seeds
+        self._block_bytes = parts.block_bytes
         self._inbox: Inbox[Message | PrefixAnswer | EngineCall] = Inbox()
         self._calls = EngineCalls(self._inbox.put)
         self._prefetcher = Prefetcher(source, self._inbox.put)
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
         self._streams: dict[str, RequestStream] = {}
+        self._orders = Orders(self._inbox.put)
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -156,6 +126,7 @@ class AsyncEngine:
     def end_streams(self, reason: str) -> None:
         """Ends every open stream and call with a word to its client, and takes no more requests."""
         self._stopping = True
+        self._orders.fail(reason)
         self._calls.fail(reason)
         for request_id, stream in list(self._streams.items()):
             self._inbox.put(AbortRequest(request_id))
@@ -219,13 +190,31 @@ class AsyncEngine:
             stream.end()
             self._account(stream.processor, "cancelled")
 
-    def warm(self, ref: PrefixRef, *, pin: bool = False) -> None:
-        """Makes a prefix resident before the first request asks for it; `pin` keeps it there."""
-        self._inbox.put(WarmPrefix(ref, pin))
+    # ---- event loop: prefixes ------------------------------------------------------------------
+
+    def warm(self, ref: PrefixRef) -> None:
+        """Makes a prefix resident before the first request asks for it."""
+        self._inbox.put(WarmPrefix(ref))
 
     def evict(self, digest: str) -> None:
-        """Frees a prefix's blocks once no running request reads them."""
+        """Frees a prefix's blocks once no running request reads them; a pin is lifted. Any thread."""
         self._inbox.put(EvictPrefix(digest))
+
+    async def pin(self, ref: PrefixRef, ttl_seconds: float | None = None) -> PinState:
+        """Keeps a task's version resident, for ever without a TTL. Raises `PinRefused`, `EngineStopped`."""
+        return await self._orders.pin(ref, ttl_seconds)
+
+    async def follow_pin(self, ref: PrefixRef) -> str | None:
+        """Moves a task's pin to its new live version; says why, if it was given up for the budget."""
+        return await self._orders.follow_pin(ref)
+
+    def unpin(self, task: str) -> None:
+        """Ends the pin of a task, if it has one."""
+        self._inbox.put(UnpinTask(task))
+
+    async def device_report(self) -> DeviceReport:
+        """What is resident now. Raises `EngineStopped`."""
+        return dataclasses.replace(await self._orders.report(), block_bytes=self._block_bytes)
 
     async def run(self, function: Callable[[], T]) -> T:
         """Runs `function` on the engine thread between two steps: nothing else then uses the model.
@@ -252,6 +241,8 @@ class AsyncEngine:
         now = time.monotonic()
         for output in result.outputs:
             self._deliver_one(output, now)
+        for answer in result.answers:
+            self._orders.answer(answer)
 
     def _deliver_one(self, output: SequenceOutput, now: float) -> None:
         stream = self._streams.get(output.request_id)
@@ -289,6 +280,7 @@ class AsyncEngine:
                 num_output_tokens=processor.num_output_tokens,
                 timings=last.timings if last else processor.timings,
                 inter_token_seconds=tuple(processor.inter_token_seconds),
+                version_role=request.version_role,
             )
         )
 

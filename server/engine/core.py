@@ -14,6 +14,7 @@ from typing import Protocol
 from prefix_store.artifact import Prefix
 from server.engine.calls import EngineCall
 from server.engine.messages import (
+    Answer,
     Message,
     PrefixFailed,
     PrefixReady,
@@ -42,10 +43,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave: increments for clients, and its figures."""
+    """What a step gave: increments for clients, answers to operators, and its figures."""
 
     outputs: list[SequenceOutput]
     stats: StepStats
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class EngineCore:
         self._forget_staged()
         if self._debug:
             self._scheduler.check_invariants()
-        return StepResult(outputs, self._stats(plan, self._clock() - started))
+        return StepResult(outputs, self._stats(plan, self._clock() - started), plan.answers)
 
     def _stage(self, message: Message | PrefixAnswer) -> Message:
         """Keeps a loaded prefix's tensors here and tells the scheduler only that they came."""

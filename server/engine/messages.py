@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.engine.sequence import Sequence
-from server.types import FinishReason, GenerationRequest, PrefixRef, PrefixTier
+from server.types import (
+    DeviceReport,
+    FinishReason,
+    GenerationRequest,
+    PinState,
+    PrefixRef,
+    PrefixTier,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +54,69 @@ class PrefixFailed:
 
 @dataclass(frozen=True, slots=True)
 class WarmPrefix:
-    """Make a prefix resident before a request asks for it, and keep it there if `pin`."""
+    """Make a prefix resident before a request asks for it."""
 
     ref: PrefixRef
-    pin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EvictPrefix:
-    """Free a prefix's blocks as soon as no running sequence reads them."""
+    """Free a prefix's blocks as soon as no running sequence reads them, also if it is pinned."""
 
     digest: str
 
 
-Message = AddRequest | AbortRequest | PrefixReady | PrefixFailed | WarmPrefix | EvictPrefix
+@dataclass(frozen=True, slots=True)
+class PinTask:
+    """Make a prefix resident and keep it so, for `ttl_seconds` or for ever; answered by `PinState`."""
+
+    ticket: int
+    ref: PrefixRef
+    ttl_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FollowPin:
+    """`ref` is its task's live version now: a pin of the task moves to it; answered by `PinState` or None."""
+
+    ticket: int
+    ref: PrefixRef
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinTask:
+    """Let the LRU decide about a task again. One that is not pinned is fine."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportDevice:
+    """Say what is resident; answered by `DeviceReport`."""
+
+    ticket: int
+
+
+Message = (
+    AddRequest
+    | AbortRequest
+    | PrefixReady
+    | PrefixFailed
+    | WarmPrefix
+    | EvictPrefix
+    | PinTask
+    | FollowPin
+    | UnpinTask
+    | ReportDevice
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To the message with this ticket."""
+
+    ticket: int
+    value: PinState | DeviceReport | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +153,7 @@ class SchedulerOutput:
     prefix_loads: tuple[PrefixLoad, ...]
     rows: tuple[ScheduledRow, ...]
     num_preemptions: int
+    answers: tuple[Answer, ...] = ()
 
     @property
     def num_tokens(self) -> int:

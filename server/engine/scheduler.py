@@ -21,33 +21,44 @@ from itertools import count
 from server.engine.messages import (
     AbortRequest,
     AddRequest,
+    Answer,
     EvictPrefix,
+    FollowPin,
     Message,
+    PinTask,
     PrefixFailed,
     PrefixLoad,
     PrefixReady,
+    ReportDevice,
     RowOutcome,
     ScheduledRow,
     SchedulerOutput,
     SequenceOutput,
+    UnpinTask,
     WarmPrefix,
 )
 from server.engine.sequence import Sequence, SequenceStatus
 from server.kvcache.block_pool import BlockPool
+from server.kvcache.pins import Pins
 from server.kvcache.resident_prefixes import ResidentPrefixes
-from server.types import FinishReason, PrefixRef, PrefixTier
+from server.types import FinishReason, PinState, PrefixRef, PrefixTier
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """`max_num_batched_tokens` bounds the own tokens of a step, `max_num_seqs` the running set."""
+    """`max_num_batched_tokens` bounds the own tokens of a step, `max_num_seqs` the running set.
+
+    `pin_budget`: the share of the blocks that pinned prefixes may take, 0 to 1.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
+    pin_budget: float = 1.0
 
     def __post_init__(self) -> None:
         assert 1 <= self.max_num_seqs <= self.max_num_batched_tokens
+        assert 0 <= self.pin_budget <= 1
 
 
 @dataclass(slots=True)
@@ -59,6 +70,7 @@ class _Step:
     prefix_requests: list[PrefixRef] = field(default_factory=list)
     prefix_loads: list[PrefixLoad] = field(default_factory=list)
     num_preemptions: int = 0
+    answers: list[Answer] = field(default_factory=list)
 
     def finished_plan(self) -> SchedulerOutput:
         return SchedulerOutput(
@@ -66,6 +78,7 @@ class _Step:
             prefix_loads=tuple(self.prefix_loads),
             rows=tuple(self.rows.values()),
             num_preemptions=self.num_preemptions,
+            answers=tuple(self.answers),
         )
 
 
@@ -82,16 +95,16 @@ class Scheduler:
         self._limits = limits
         self._blocks = blocks
         self._prefixes = prefixes
+        self._pins = Pins(blocks, prefixes, int(blocks.capacity * limits.pin_budget))
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []
         self._order: dict[Sequence, int] = {}  # arrival number of every live sequence
         self._arrivals = count()
         self._loading: set[str] = set()
         self._staged: dict[str, PrefixTier] = {}
-        self._warm: dict[str, WarmPrefix] = {}
-        self._ended: list[
-            SequenceOutput
-        ] = []  # finished outside of a step, reported by next commit
+        self._warm: dict[str, PrefixRef] = {}
+        # Finished outside of a step; the next commit reports them.
+        self._ended: list[SequenceOutput] = []
 
     # ---- what others may see -------------------------------------------------------------------
 
@@ -123,16 +136,17 @@ class Scheduler:
 
     def schedule(self, now: float, inbox: Iterable[Message] = ()) -> SchedulerOutput:
         """Takes in the messages and plans one step. May be empty of rows."""
-        for message in inbox:
-            self._receive(message)
         step = _Step(self._limits.max_num_batched_tokens)
+        self._pins.expire(now)
+        for message in inbox:
+            self._receive(message, step, now)
         self._continue_running(step)
         self._load_warm(step)
         self._admit_waiting(step, now)
         self._drop_unwanted()
         return step.finished_plan()
 
-    def _receive(self, message: Message) -> None:
+    def _receive(self, message: Message, step: _Step, now: float) -> None:
         match message:
             case AddRequest(request, seed, arrival):
                 for index in range(request.sampling.n):
@@ -146,15 +160,40 @@ class Scheduler:
                 self._prefix_ready(digest, tier)
             case PrefixFailed(digest, reason):
                 self._prefix_failed(digest, reason)
-            case WarmPrefix(ref, pin):
-                if ref.digest in self._prefixes:
-                    if pin:
-                        self._prefixes.pin(ref.digest)
-                elif pin or ref.digest not in self._warm:  # a later order does not lift a pin
-                    self._warm[ref.digest] = message
+            case WarmPrefix(ref):
+                self._make_warm(ref)
             case EvictPrefix(digest):
-                self._warm.pop(digest, None)
+                self._forget_wish(digest)
                 self._prefixes.retire(digest)
+            case _:
+                self._receive_order(message, step, now)
+
+    def _receive_order(self, message: Message, step: _Step, now: float) -> None:
+        """What operators ask for."""
+        match message:
+            case PinTask(ticket, ref, ttl):
+                pinned = self._pins.pin(ref, None if ttl is None else now + ttl)
+                self._answer_pin(ticket, ref, pinned, step)
+            case FollowPin(ticket, ref):
+                self._answer_pin(ticket, ref, self._pins.follow(ref), step)
+            case UnpinTask(task):
+                self._pins.lift(task)
+            case ReportDevice(ticket):
+                step.answers.append(Answer(ticket, self._pins.report(now)))
+
+    def _answer_pin(self, ticket: int, ref: PrefixRef, state: PinState | None, step: _Step) -> None:
+        if state is not None and state.refusal is None:
+            self._make_warm(ref)
+        step.answers.append(Answer(ticket, state))
+
+    def _make_warm(self, ref: PrefixRef) -> None:
+        if ref.digest not in self._prefixes:
+            self._warm[ref.digest] = ref
+
+    def _forget_wish(self, digest: str) -> None:
+        """Nobody but requests asks for this prefix any more."""
+        self._warm.pop(digest, None)
+        self._pins.lift_digest(digest)
 
     def _live(self, request_id: str, index: int | None) -> list[Sequence]:
         return [
@@ -174,7 +213,7 @@ class Scheduler:
 
     def _prefix_failed(self, digest: str, reason: str) -> None:
         self._loading.discard(digest)
-        self._warm.pop(digest, None)
+        self._forget_wish(digest)
         for seq in [s for s in self._waiting if s.digest == digest]:
             self._finish(seq, FinishReason.PREFIX_UNAVAILABLE, error=reason)
 
@@ -315,9 +354,8 @@ class Scheduler:
         del self._staged[ref.digest]
         resident = self._prefixes.reserve(ref)
         step.prefix_loads.append(PrefixLoad(ref, resident.block_ids))
-        warm = self._warm.pop(ref.digest, None)
-        if warm and warm.pin:
-            self._prefixes.pin(ref.digest)
+        self._warm.pop(ref.digest, None)
+        self._pins.mark(ref.digest)
 
     def _refuse_for_pins(self, seq: Sequence, needed: int) -> None:
         """With nothing running, only pinned prefixes can be in the way, and they will not go."""
@@ -330,19 +368,15 @@ class Scheduler:
 
     def _load_warm(self, step: _Step) -> None:
         """Makes asked-for prefixes resident where there is room without disturbing a sequence."""
-        for digest, warm in list(self._warm.items()):
-            if digest in self._prefixes:
-                del self._warm[digest]
-                if warm.pin:
-                    self._prefixes.pin(digest)
-            elif digest not in self._staged:
-                self._request_prefix(warm.ref, step)
+        for digest, ref in list(self._warm.items()):
+            if digest not in self._staged:
+                self._request_prefix(ref, step)
             elif self._make_room(
-                self._blocks.blocks_for(warm.ref.num_virtual_tokens), len(self._running)
+                self._blocks.blocks_for(ref.num_virtual_tokens), len(self._running)
             ):
-                self._reserve(warm.ref, step)
+                self._reserve(ref, step)
             elif not self._running:
-                del self._warm[digest]  # it can not fit beside what is pinned
+                self._forget_wish(digest)  # it can not fit beside what is pinned
 
     def _drop_unwanted(self) -> None:
         """Forgets staged prefixes whose last waiting sequence went away."""
@@ -391,7 +425,7 @@ class Scheduler:
         """The runner could not perform `plan`: its rows end, and prefixes it was to load are not trusted."""
         outputs = self.commit(plan, [RowOutcome(error=error)] * len(plan.rows))
         for load in plan.prefix_loads:
-            self._prefixes.unpin(load.ref.digest)
+            self._pins.lift_digest(load.ref.digest)
             self._prefixes.retire(load.ref.digest)
         return outputs
 
@@ -448,6 +482,9 @@ class Scheduler:
         """Recomputes the class invariants from scratch; for tests and the debug loop."""
         self._blocks.check_invariants()
         self._prefixes.check_invariants()
+        self._pins.check_invariants()
+        wished = self._warm.keys() | {entry.ref.digest for entry in self._prefixes.entries()}
+        assert self._pins.digests() <= wished, "a pinned prefix is neither resident nor on its way"
         assert set(self._waiting) | set(self._running) == set(self._order)
         assert not set(self._waiting) & set(self._running)
         assert len(self._running) <= self._limits.max_num_seqs

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from prefix_store.importers.recognition import Provenance, Recognition
 from server.errors import InvalidParameter
+from server.http.admin import note
 from server.http.admin_write import (
     Conditions,
     check_name,
@@ -52,13 +53,15 @@ class CompileRequest(BaseModel):
     )
 
 
-async def compile_task(request: Request, task: str) -> Response:
-    """Bakes a prompt and makes it the live version of the task: 201 for a new task, else 200."""
+async def compile_task(request: Request, task: str, activate: bool = True) -> Response:
+    """Bakes a prompt into a version, and with `activate` makes it live: 201 for a new task, else 200."""
     services = services_of(request)
+    note(request, task=task)
     with counted(services):
         check_name(services, task)
         body = validated(CompileRequest, await read_object(request, services.max_body_bytes))
         conditions: Conditions = {
+            "activate": activate,
             "if_match": if_match(request),
             "if_none_match": if_none_match(request),
         }
@@ -69,7 +72,7 @@ async def compile_task(request: Request, task: str) -> Response:
             artifact = await services.compiler.compile(token_ids, provenance)
             put = functools.partial(services.store.put, task, artifact, **conditions)
             result = await run_in_threadpool(put)
-    return stored(services, existed, result, provenance.recognition)
+    return await stored(request, existed, result, provenance.recognition)
 
 
 async def _tokens(

@@ -1,4 +1,5 @@
-"""`PUT /admin/v1/tasks/{task}`: a prefix's bytes become the live version of a task, or nothing changes.
+"""`PUT /admin/v1/tasks/{task}`: a prefix's bytes become a version of a task, the live one unless told
+otherwise, or nothing changes.
 
 Runs on the event loop; writing and proving happen in worker threads. The body is the artifact itself
 (`curl -T prefix.safetensors`): multipart would be spooled to disk first and written twice.
@@ -22,6 +23,7 @@ from prefix_store.importers.recognition import ImportOptions, Recognition, recog
 from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.upload import PutResult, Upload
+from server.http.admin import note
 from server.http.admin_write import (
     Conditions,
     check_name,
@@ -45,27 +47,30 @@ async def put_task(
     task_index: Annotated[int | None, Query(ge=0, le=1_000_000)] = None,
     peft_type: Annotated[str | None, Query(max_length=64)] = None,
     rebase: bool = False,
+    activate: bool = True,
 ) -> Response:
-    """Uploads a version and makes it live: 201 for a new task, else 200.
+    """Uploads a version, and with `activate` makes it live: 201 for a new task, else 200.
 
     The body is a native artifact or a bare PEFT adapter; the answer says what it was taken for.
     `task_index`, `peft_type`: see `ImportOptions`. `rebase`: rotate the keys so that requests start at P.
     """
     services = services_of(request)
     options = ImportOptions(peft_type, task_index, rebase)
+    note(request, task=task)
     with counted(services):
         check_name(services, task)
         _check_length(request, services.store.max_artifact_bytes)
         require_identity(request)
-        existed, result, found = await _upload(request, services, task, options)
-    return stored(services, existed, result, found)
+        existed, result, found = await _upload(request, services, task, options, activate)
+    return await stored(request, existed, result, found)
 
 
 async def _upload(
-    request: Request, services: Services, task: str, options: ImportOptions
+    request: Request, services: Services, task: str, options: ImportOptions, activate: bool
 ) -> tuple[bool, PutResult, Recognition]:
     expected = content_sha256(request)
     conditions: Conditions = {
+        "activate": activate,
         "if_match": if_match(request),
         "if_none_match": if_none_match(request),
     }

@@ -19,17 +19,19 @@ from prefix_store.spec import check_task_name
 from prefix_store.store import PrefixStore
 from prefix_store.upload import PutResult
 from server.errors import RequestError
-from server.http.admin import described
+from server.http.admin import described, etag_of, note, noted
+from server.http.admin_aliases import follow_pin
 from server.http.json_text import json_response
-from server.http.services import Services
+from server.http.services import Services, services_of
 
 MAX_PROVING: Final = 2
 """Prefixes made or proved at a time: each is held in memory as a whole meanwhile."""
 
 
 class Conditions(TypedDict):
-    """The preconditions of a write."""
+    """Whether a write makes its version live, and what it depends on."""
 
+    activate: bool
     if_match: str | None
     if_none_match: bool
 
@@ -41,7 +43,7 @@ def check_name(services: Services, task: str) -> None:
 
 
 def exists(store: PrefixStore, task: str) -> bool:
-    """Whether the task has a live version now."""
+    """Whether the task has a version now."""
     try:
         store.task(task)
     except UnknownTask:
@@ -66,17 +68,25 @@ def counted(services: Services) -> Iterator[None]:
         raise
 
 
-def stored(services: Services, existed: bool, result: PutResult, found: Recognition) -> Response:
-    """The answer to a write that held: 201 for a new task, else 200."""
+async def stored(
+    request: Request, existed: bool, result: PutResult, found: Recognition
+) -> Response:
+    """The answer to a write that held, noted for the audit log: 201 for a new task, else 200."""
+    services = services_of(request)
+    noted(request, result.version)
+    note(request, created=result.created, activated=result.activated)
+    warnings = [*result.warnings]
+    if result.activated:
+        warnings += await follow_pin(services, result.version)
     services.metrics.admin_operation("upload", "created" if result.created else "unchanged")
     answer = {
         "object": "task",
         **described(result.version),
         "created": result.created,
+        "activated": result.activated,
         "recognised": found.recognised,
         "assumed": list(found.assumed),
         "unverified": list(found.unverified),
-        "warnings": list(result.warnings),
+        "warnings": warnings,
     }
-    headers = {"etag": f'"{result.version.digest}"'}
-    return json_response(answer, 200 if existed else 201, headers)
+    return json_response(answer, 200 if existed else 201, etag_of(result.version))

@@ -19,7 +19,7 @@ from server.http.json_text import json_response
 from server.http.schemas import CompletionRequest, StreamOptions, refuse_unsupported
 from server.http.services import Services, request_id_of, services_of
 from server.http.sse import Events, event, open_stream
-from server.http.targets import Target, find_target
+from server.http.targets import Target, find_target, session_key
 from server.types import RequestOutput
 
 
@@ -31,7 +31,8 @@ async def create_completion(request: Request) -> Response:
     if value.get("max_tokens") is None:  # the newer name of the same thing
         value["max_tokens"] = value.get("max_completion_tokens")
     body = validated(CompletionRequest, value)
-    target = find_target(services, body.model, "model")
+    key = session_key(request, body.user)
+    target = find_target(services, body.model, "model", key)
     request_id = request_id_of(request)
     start = Start(request_id, "completions", target, body, body.prompts())
     generation = await start_generation(services, start)

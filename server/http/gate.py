@@ -14,11 +14,13 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefix_store.errors import PrefixStoreError
 from server.errors import PrefixdError
+from server.http.audit import AuditEntry, key_id
 from server.http.auth import authorise
 from server.http.error_responses import error_response
 from server.http.errors import NoSuchRoute
-from server.http.routes import SCOPES, template_of
+from server.http.routes import ACTIONS, SCOPES, template_of
 from server.http.routes import Scope as AccessScope
 from server.http.services import Services
 
@@ -49,15 +51,18 @@ class Gate:
         # Before anything looks at it: the rule must judge the path that the router will see.
         path = normalised(scope["path"])
         request_id = uuid.uuid4().hex
-        scope = {**scope, "path": path, "prefixd.request_id": request_id}
+        noted: dict[str, object] = {}
+        scope = {**scope, "path": path, "prefixd.request_id": request_id, "prefixd.audit": noted}
         template = template_of(path)
-        answer = _Answer(send, request_id, Headers(scope=scope))
+        entry = self._audit_entry(scope, template)
+        answer = _Answer(send, request_id, Headers(scope=scope), entry)
         try:
             await self._admit(scope, template)
             await self._app(scope, receive, answer.send)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not leave as plain text
             await self._fail(error, scope, receive, answer)
         finally:
+            await answer.finish()
             seconds = time.monotonic() - started
             self._record(scope, template, answer.status, seconds)
 
@@ -65,12 +70,21 @@ class Gate:
         if template is None:
             raise NoSuchRoute(f"nothing is served at {scope['path'][:200]}")
         authorise(self._services, SCOPES[template], Headers(scope=scope))
+        if SCOPES[template] is AccessScope.ADMIN and self._services.admin_key is not None:
+            scope["prefixd.audit"]["who"] = key_id(self._services.admin_key)
+
+    def _audit_entry(self, scope: Scope, template: str | None) -> AuditEntry | None:
+        action = ACTIONS.get((scope["method"], template or ""))
+        if action is None or self._services.audit is None:
+            return None
+        return AuditEntry(self._services.audit, scope, action)
 
     async def _fail(
         self, error: Exception, scope: Scope, receive: Receive, answer: _Answer
     ) -> None:
         request_id = scope["prefixd.request_id"]
-        if not isinstance(error, PrefixdError):
+        error = answer.audit_error or error  # what came after is only its echo
+        if not isinstance(error, PrefixdError | PrefixStoreError):
             logger.error("request %s failed", request_id, exc_info=error)
         if answer.status is None:
             response = error_response(error, scope["path"], request_id)
@@ -95,10 +109,13 @@ class Gate:
 
 
 class _Answer:
-    """Puts our headers on the answer, and remembers its status."""
+    """Puts our headers on the answer, remembers its status, and has it recorded before it leaves."""
 
-    def __init__(self, send: Send, request_id: str, request_headers: Headers) -> None:
+    def __init__(
+        self, send: Send, request_id: str, request_headers: Headers, entry: AuditEntry | None
+    ) -> None:
         self._send = send
+        self._entry = entry
         self._ids = {"x-request-id": request_id}
         echoed = client_id(request_headers.get("x-request-id", ""))
         if echoed:
@@ -108,9 +125,25 @@ class _Answer:
     async def send(self, message: Message) -> None:
         """ASGI's `send`."""
         if message["type"] == "http.response.start":
+            if self._entry is not None:
+                await self._entry.write(message["status"])
             self.status = message["status"]
             MutableHeaders(scope=message).update(self._ids)
         await self._send(message)
+
+    @property
+    def audit_error(self) -> Exception | None:
+        """Why the audit log could not take the record, if it could not."""
+        return self._entry.error if self._entry else None
+
+    async def finish(self) -> None:
+        """Records a request that got no answer: what it changed may have been changed."""
+        if self._entry is None or self.status is not None:
+            return
+        try:
+            await self._entry.write(None)
+        except PrefixStoreError:
+            logger.exception("the audit log has no record of an admin request")
 
 
 def normalised(path: str) -> str:

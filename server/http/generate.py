@@ -19,7 +19,7 @@ from server.http.json_text import json_response
 from server.http.schemas import GenerateRequest, refuse_unsupported
 from server.http.services import request_id_of, services_of
 from server.http.sse import Events, event, open_stream
-from server.http.targets import find_target
+from server.http.targets import find_target, session_key
 
 
 async def generate(request: Request) -> Response:
@@ -28,7 +28,8 @@ async def generate(request: Request) -> Response:
     value = await read_object(request, services.max_body_bytes)
     refuse_unsupported(value)
     body = validated(GenerateRequest, value)
-    target = find_target(services, body.task, "task")
+    key = session_key(request, body.user)
+    target = find_target(services, body.task, "task", key)
     request_id = request_id_of(request)
     start = Start(request_id, "generate", target, body, [_prompt(body)])
     generation = await start_generation(services, start)

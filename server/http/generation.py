@@ -12,8 +12,16 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from prefix_store.errors import PrefixUnavailable
-from server.errors import ContextTooLong, EngineOverloaded, EngineStopped, GenerationFailed
+from starlette.concurrency import run_in_threadpool
+
+from prefix_store.errors import PrefixUnavailable, UnknownTask
+from server.errors import (
+    ContextTooLong,
+    EngineOverloaded,
+    EngineStopped,
+    GenerationFailed,
+    ModelNotFound,
+)
 from server.http.schemas import SamplingFields
 from server.http.services import OutputStream, Services
 from server.http.targets import Target, sampling_params
@@ -51,9 +59,16 @@ class Generation:
     """The streams of all prompts, read as one. Choice `i` of prompt `p` has the index `p * n + i`."""
 
     def __init__(
-        self, target: Target, streams: Sequence[OutputStream], n: int, num_prompt_tokens: int
+        self,
+        start: Start,
+        services: Services,
+        streams: Sequence[OutputStream],
+        n: int,
+        num_prompt_tokens: int,
     ) -> None:
-        self.target = target
+        self.target = start.target
+        self._services = services
+        self._released = False
         self.num_prompt_tokens = num_prompt_tokens
         self.choices = [Choice(index) for index in range(len(streams) * n)]
         self.timings = RequestTimings()
@@ -89,9 +104,12 @@ class Generation:
         return self.choices
 
     async def aclose(self) -> None:
-        """Aborts what still runs. Harmless when nothing does."""
+        """Aborts what still runs, and lets go of the prefix. Harmless when repeated."""
         for stream in self._streams:
             await stream.aclose()
+        if not self._released:
+            self._released = True
+            await let_go(self._services, self.target)
 
     def _take(self, number: int, output: RequestOutput) -> Choice:
         if output.finish_reason is FinishReason.ERROR:
@@ -147,7 +165,38 @@ class Start:
 
 
 async def start_generation(services: Services, start: Start) -> Generation:
-    """Submits every prompt, or none. Raises what `sampling_params` and `Engine.submit` raise."""
+    """Submits every prompt, or none. Raises what `sampling_params` and `Engine.submit` raise.
+
+    The prefix's bytes are held from now until the generation is closed: a deleted task's last requests
+    finish with the version that they began with. No `await` may come between finding the target and this.
+    """
+    if start.target.version is not None:
+        try:
+            services.store.hold(start.target.version)
+        except UnknownTask as error:
+            raise ModelNotFound(str(error)) from None
+    try:
+        return await _start(services, start)
+    except BaseException:
+        await let_go(services, start.target)
+        raise
+
+
+async def let_go(services: Services, target: Target) -> None:
+    """Ends a hold; the last one of a deleted prefix frees its bytes and blocks."""
+    digest = target.version.digest if target.version else None
+    if digest is not None and services.store.release(digest):
+        await free(services, [digest])
+
+
+async def free(services: Services, digests: Sequence[str]) -> None:
+    """Removes what nobody names or holds from disk, host memory and device."""
+    for digest in digests:
+        if await run_in_threadpool(services.store.free, digest):
+            services.engine.evict(digest)
+
+
+async def _start(services: Services, start: Start) -> Generation:
     prompts = [
         await services.engine.tokenize(prompt) if isinstance(prompt, str) else prompt
         for prompt in start.prompts
@@ -162,11 +211,12 @@ async def start_generation(services: Services, start: Start) -> Generation:
             sampling=params,
             prefix=start.target.prefix,
             endpoint=start.endpoint,
+            version_role=start.target.role,
         )
         for number, prompt in enumerate(prompts)
     ]
     streams = await _submit_all(services, requests)
-    return Generation(start.target, streams, params.n, sum(map(len, prompts)))
+    return Generation(start, services, streams, params.n, sum(map(len, prompts)))
 
 
 async def _submit_all(

@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from server.errors import InvalidParameter
 from server.http.errors import BodyTooLarge, BodyTooSlow, MalformedBody, UnsupportedMediaType
+from server.http.preconditions import require_content_digest
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -27,14 +28,23 @@ _EXPECTED: Final = {
 }
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in the body. Raises the exceptions of `server.http.errors` that are about bodies."""
+async def read_object(
+    request: Request, max_bytes: int, *, optional: bool = False
+) -> dict[str, Any]:
+    """The JSON object in the body. Raises the exceptions of `server.http.errors` that are about bodies,
+    and `DigestMismatch` for one that is not what its Content-Digest says.
+
+    `optional`: no body is an empty object.
+    """
+    if optional and not _has_body(request):
+        return {}
     _check_headers(request, max_bytes)
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await _read_counted(request, max_bytes)
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+    require_content_digest(request, body)
     try:
         value = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:  # says what and where, and repeats nothing of the text
@@ -58,6 +68,11 @@ def validated(model: type[M], value: dict[str, Any]) -> M:
     where = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Input should be ")
     raise InvalidParameter(f"{where}: expected {message}", param=name)
+
+
+def _has_body(request: Request) -> bool:
+    length = request.headers.get("content-length")
+    return "transfer-encoding" in request.headers or length not in (None, "0")
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 from typing import Final
 
 from starlette.requests import Request
 
+from prefix_store.errors import DigestMismatch, Problem
 from server.errors import InvalidParameter
 
 _ETAG: Final = re.compile(r'"(sha256:[0-9a-f]{64})"')
@@ -50,6 +52,21 @@ def content_sha256(request: Request) -> str | None:
     raise InvalidParameter(
         "Content-Digest: expected sha-256=:<base64 of 32 bytes>:", param="Content-Digest"
     )
+
+
+def require_content_digest(request: Request, body: bytes) -> None:
+    """Raises `DigestMismatch` unless the body is what its Content-Digest says, if it has one."""
+    expected = content_sha256(request)
+    got = hashlib.sha256(body).hexdigest()
+    if expected not in (None, got):
+        raise DigestMismatch([Problem("", f"the bytes received have the digest sha256:{got}")])
+
+
+def is_unchanged(request: Request, etag: str) -> bool:
+    """Whether the client has this representation already (If-None-Match on a GET)."""
+    value = request.headers.get("if-none-match", "")
+    members = [member.strip().removeprefix("W/") for member in value.split(",")]
+    return "*" in members or etag in members
 
 
 def _hex(text: str) -> str:

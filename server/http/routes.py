@@ -16,13 +16,23 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 
 from server.http.admin import delete_task, get_task, list_tasks
+from server.http.admin_aliases import delete_canary, get_alias, put_alias, roll_back
+from server.http.admin_cache import evict_task, get_cache, pin_task, unpin_task, warm_task
 from server.http.admin_compile import CompileRequest, compile_task
+from server.http.admin_content import get_content
 from server.http.admin_upload import put_task
+from server.http.admin_versions import get_version, list_versions
 from server.http.completions import create_completion
 from server.http.generate import generate
 from server.http.models import get_model, list_models
 from server.http.ops import healthz, metrics, readyz
-from server.http.schemas import CompletionRequest, GenerateRequest
+from server.http.schemas import (
+    AliasRequest,
+    CompletionRequest,
+    GenerateRequest,
+    PinRequest,
+    WarmRequest,
+)
 
 Endpoint = Callable[..., Coroutine[Any, Any, Response]]
 OPENAPI_PATH: Final = "/openapi.json"
@@ -38,14 +48,21 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One method of one path. `body`: the schema that the documentation shows."""
+    """One method of one path. `body`: the schema that the documentation shows.
+
+    `action`: what it changes, for the audit log; every answer of such a route is recorded, refusals too.
+    """
 
     method: str
     path: str
     endpoint: Endpoint
     scope: Scope
     body: type[Any] | None = None
+    action: str | None = None
 
+
+_TASK: Final = "/admin/v1/tasks/{task}"
+_CONTENT: Final = f"{_TASK}/versions/{{version}}/content"
 
 ROUTES: Final = (
     Route("POST", "/generate", generate, Scope.INFER, GenerateRequest),
@@ -53,10 +70,22 @@ ROUTES: Final = (
     Route("GET", "/v1/models", list_models, Scope.INFER),
     Route("GET", "/v1/models/{model_id:path}", get_model, Scope.INFER),
     Route("GET", "/admin/v1/tasks", list_tasks, Scope.ADMIN),
-    Route("GET", "/admin/v1/tasks/{task}", get_task, Scope.ADMIN),
-    Route("PUT", "/admin/v1/tasks/{task}", put_task, Scope.ADMIN),
-    Route("DELETE", "/admin/v1/tasks/{task}", delete_task, Scope.ADMIN),
-    Route("POST", "/admin/v1/tasks/{task}/compile", compile_task, Scope.ADMIN, CompileRequest),
+    Route("GET", _TASK, get_task, Scope.ADMIN),
+    Route("PUT", _TASK, put_task, Scope.ADMIN, action="upload"),
+    Route("POST", f"{_TASK}/compile", compile_task, Scope.ADMIN, CompileRequest, "compile"),
+    Route("DELETE", _TASK, delete_task, Scope.ADMIN, action="delete"),
+    Route("GET", f"{_TASK}/versions", list_versions, Scope.ADMIN),
+    Route("GET", f"{_TASK}/versions/{{version}}", get_version, Scope.ADMIN),
+    Route("GET", _CONTENT, get_content, Scope.ADMIN),
+    Route("GET", f"{_TASK}/aliases/{{alias}}", get_alias, Scope.ADMIN),
+    Route("PUT", f"{_TASK}/aliases/{{alias}}", put_alias, Scope.ADMIN, AliasRequest, "alias"),
+    Route("DELETE", f"{_TASK}/aliases/{{alias}}", delete_canary, Scope.ADMIN, action="end_canary"),
+    Route("POST", f"{_TASK}/rollback", roll_back, Scope.ADMIN, action="rollback"),
+    Route("POST", f"{_TASK}/pin", pin_task, Scope.ADMIN, PinRequest, "pin"),
+    Route("POST", f"{_TASK}/unpin", unpin_task, Scope.ADMIN, action="unpin"),
+    Route("POST", f"{_TASK}/warm", warm_task, Scope.ADMIN, WarmRequest, "warm"),
+    Route("POST", f"{_TASK}/evict", evict_task, Scope.ADMIN, action="evict"),
+    Route("GET", "/admin/v1/cache", get_cache, Scope.ADMIN),
     Route("GET", "/metrics", metrics, Scope.INFER),
     Route("GET", "/healthz", healthz, Scope.PUBLIC),
     Route("GET", "/health", healthz, Scope.PUBLIC),
@@ -67,6 +96,7 @@ SCOPES: Final[dict[str, Scope]] = {
     **{route.path: route.scope for route in ROUTES},
     OPENAPI_PATH: Scope.INFER,  # FastAPI's own
 }
+ACTIONS: Final = {(route.method, route.path): route.action for route in ROUTES if route.action}
 _PATTERNS: Final[list[tuple[re.Pattern[str], str]]] = [
     (compile_path(path)[0], path) for path in SCOPES
 ]
@@ -75,3 +105,9 @@ _PATTERNS: Final[list[tuple[re.Pattern[str], str]]] = [
 def template_of(path: str) -> str | None:
     """The route that serves `path`, by the same patterns as the router's; None if there is none."""
     return next((template for pattern, template in _PATTERNS if pattern.match(path)), None)
+
+
+def task_in(path: str) -> str | None:
+    """The task that a path is about, if its route has one."""
+    found = next((match for pattern, _ in _PATTERNS if (match := pattern.match(path))), None)
+    return found.groupdict().get("task") if found else None

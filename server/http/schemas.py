@@ -44,6 +44,7 @@ class SamplingFields(_Body):
     ignore_eos: bool | None = None
     n: _Int | None = None
 
+    user: str | None = None
     stream: bool | None = None
     return_token_ids: bool | None = None
 
@@ -92,6 +93,25 @@ class CompletionRequest(SamplingFields):
 def _tokens(item: int | TokenIds) -> tuple[int, ...]:
     assert isinstance(item, list), "pydantic let no mixed list through"
     return tuple(item)
+
+
+class AliasRequest(_Body):
+    """`PUT .../aliases/{alias}`: where it points. `weight`: the canary's share, 0 if left out."""
+
+    version: Annotated[int, Field(ge=1, lt=10**9)]
+    weight: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class PinRequest(_Body):
+    """`POST .../pin`; without a TTL the pin stays until it is lifted or the server restarts."""
+
+    ttl_seconds: Annotated[float, Field(gt=0, le=366 * 86_400)] | None = None
+
+
+class WarmRequest(_Body):
+    """`POST .../warm`; the live version if none is named."""
+
+    version: Annotated[int, Field(ge=1, lt=10**9)] | None = None
 
 
 # Field -> the values that ask for nothing. Compared with type, because 0 == False.

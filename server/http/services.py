@@ -8,11 +8,12 @@ from typing import Protocol
 
 from starlette.requests import Request
 
+from prefix_store.audit_log import AuditLog
 from prefix_store.importers.recognition import Provenance
 from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from server.metrics import Metrics
-from server.types import GenerationRequest, RequestOutput
+from server.types import DeviceReport, GenerationRequest, PinState, PrefixRef, RequestOutput
 
 
 class OutputStream(Protocol):
@@ -50,7 +51,17 @@ class Engine(Protocol):
 
     def submit(self, request: GenerationRequest) -> OutputStream: ...
 
+    def warm(self, ref: PrefixRef) -> None: ...
+
     def evict(self, digest: str) -> None: ...
+
+    async def pin(self, ref: PrefixRef, ttl_seconds: float | None = None) -> PinState: ...
+
+    async def follow_pin(self, ref: PrefixRef) -> str | None: ...
+
+    def unpin(self, task: str) -> None: ...
+
+    async def device_report(self) -> DeviceReport: ...
 
     def status(self) -> EngineHealth: ...
 
@@ -65,7 +76,10 @@ class Compiler(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """`admin_key` None closes the admin API; `api_key` None opens inference to everyone."""
+    """`admin_key` None closes the admin API; `api_key` None opens inference to everyone.
+
+    `audit`: where changes and refusals are recorded; None, in tests, nowhere.
+    """
 
     engine: Engine
     store: PrefixStore
@@ -77,6 +91,7 @@ class Services:
     admin_key: str | None = None
     api_key: str | None = None
     max_body_bytes: int = 2**20
+    audit: AuditLog | None = None
 
 
 @dataclass(slots=True)

@@ -8,41 +8,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from starlette.requests import Request
+
+from prefix_store.canary import takes_canary
+from prefix_store.catalog import CANARY, LIVE
 from prefix_store.errors import InvalidTaskName, UnknownTask, UnknownVersion
 from prefix_store.spec import GenerationDefaults, PrefixVersion
 from server.errors import InvalidParameter, ModelNotFound
 from server.http.schemas import SamplingFields
-from server.http.services import Services
+from server.http.services import Services, request_id_of
 from server.types import PrefixRef, SamplingParams
 
+SESSION_HEADER: Final = "x-session-id"
 _OUR_MAX_TOKENS: Final = SamplingParams().max_tokens
 _SAMPLING_NAMES: Final = tuple(
     name
     for name in SamplingFields.model_fields
-    if name not in ("stream", "return_token_ids", "stop", "stop_token_ids", "max_tokens")
+    if name not in ("user", "stream", "return_token_ids", "stop", "stop_token_ids", "max_tokens")
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a request runs on. `version` None: the bare base model."""
+    """What a request runs on. `version` None: the bare base model.
+
+    `role`: live or canary, when the name left the choice to the aliases; else empty.
+    """
 
     name: str
     version: PrefixVersion | None
+    role: str = ""
 
     @property
     def prefix(self) -> PrefixRef | None:
         """The prefix as the engine names it."""
-        if self.version is None:
-            return None
-        manifest = self.version.manifest
-        return PrefixRef(
-            task=self.version.task,
-            version=self.version.version,
-            digest=self.version.digest,
-            num_virtual_tokens=manifest.num_virtual_tokens,
-            first_position=manifest.first_position,
-        )
+        return None if self.version is None else prefix_ref(self.version)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -63,10 +63,30 @@ class Target:
         return {f"x-prefixd-{key}": str(value) for key, value in self.described().items()}
 
 
-def find_target(services: Services, name: str | None, param: str) -> Target:
+def prefix_ref(version: PrefixVersion) -> PrefixRef:
+    """A stored version as the engine names it."""
+    return PrefixRef(
+        task=version.task,
+        version=version.version,
+        digest=version.digest,
+        num_virtual_tokens=version.manifest.num_virtual_tokens,
+        first_position=version.manifest.first_position,
+    )
+
+
+def session_key(request: Request, user: str | None) -> str:
+    """What keeps a client on one side of a canary: its `user`, else its session, else nothing does."""
+    if user:
+        return f"user:{user}"
+    session = request.headers.get(SESSION_HEADER)
+    return f"session:{session}" if session else f"request:{request_id_of(request)}"
+
+
+def find_target(services: Services, name: str | None, param: str, key: str = "") -> Target:
     """What `task`, `task@v3` or the base model's id names. Raises `InvalidParameter`, `ModelNotFound`.
 
-    `param`: the field that held the name. There is no fallback to the base model: a client that forgot
+    `param`: the field that held the name. `key`: of `session_key`; without one the bare name of a task is
+    its live version, whatever its canary. There is no fallback to the base model: a client that forgot
     the field would get fluent answers of the wrong task.
     """
     if not name:
@@ -77,11 +97,22 @@ def find_target(services: Services, name: str | None, param: str) -> Target:
     if name == services.model_id:
         return Target(name, None)
     try:
-        return Target(name, services.store.resolve(name))
+        return _resolve(services, name, key)
     except UnknownVersion as error:
         raise ModelNotFound(str(error), param=param) from None
     except (UnknownTask, InvalidTaskName):
         raise ModelNotFound(_not_found(services, name), param=param) from None
+
+
+def _resolve(services: Services, name: str, key: str) -> Target:
+    version = services.store.resolve(name)
+    _, _, selector = name.partition("@")
+    if selector:
+        return Target(name, version, selector if selector in (LIVE, CANARY) else "")
+    canary = services.store.task(name).canary if key else None
+    if canary is not None and takes_canary(name, canary.version.version, canary.weight, key):
+        return Target(name, canary.version, CANARY)
+    return Target(name, version, LIVE)
 
 
 def _not_found(services: Services, name: str) -> str:

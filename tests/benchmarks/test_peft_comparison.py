@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import machine_load, peft_comparison
-from benchmarks.contest import Call, Round, agreement, percentile
+from benchmarks.contest import Call, Result, Round, Rules, agreement, percentile
 from benchmarks.hardware_limits import HardwareLimits, ModelCost
 from benchmarks.peft_contestants import PeftGenerate, load_peft_model
 from benchmarks.workload import SCALES, Request, Workload, make_prefixes, write_model
@@ -70,6 +70,19 @@ def test_the_report_holds_the_table_that_was_printed(run: Any) -> None:
     assert figures["machine"]["commit"] in report
 
 
+def test_a_report_that_exists_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.md"
+    old.write_text("a record")
+
+    with pytest.raises(SystemExit):
+        peft_comparison.main(["--scale", "tiny", "--out", str(old)])
+
+    assert old.read_text() == "a record"
+    assert "choose a new name" in capsys.readouterr().err
+
+
 def test_the_prefix_decides_what_peft_answers(tmp_path: Path) -> None:
     """Else equal tokens would say nothing about prefixes."""
     write_model(tmp_path, TINY, torch.float32)
@@ -109,6 +122,32 @@ def test_a_pass_cut_short_is_continued_with_the_calls_measured() -> None:
     assert done.pass_seconds == 2 + 4 + 2 + 4 + 2
     assert done.tokens_per_second == 10 / 14
     assert done.ttft_seconds() == [0.5, 3.0, 6.5, 9.0, 12.5]
+
+
+def _round(other_cores: float) -> Round:
+    return Round((_call(0, 1.0, 0.5),), 1, 0.1, load_average=0.0, other_cores=other_cores)
+
+
+def test_disturbed_rounds_are_tried_again_and_the_quietest_count() -> None:
+    rules = Rules(repeats=2, round_seconds=0, quiet_cores=0.2, output_len=1, warm_up_len=1)
+    result = Result("peer", "")
+    for others in (0.1, 1.5, 0.9):
+        assert not result.has_enough(rules)
+        result.add(_round(others))
+    result.add(_round(0.0))
+    assert result.has_enough(rules)
+
+    result.keep_quietest(2)
+
+    assert [r.other_cores for r in result.rounds] == [0.1, 0.0]
+    assert result.num_tried == 4
+
+
+def test_a_machine_that_is_never_quiet_does_not_hold_the_run_up_for_ever() -> None:
+    rules = Rules(repeats=2, round_seconds=0, quiet_cores=0.2, output_len=1, warm_up_len=1)
+    result = Result("peer", "", [_round(1.0)] * 6, num_tried=6)
+
+    assert result.has_enough(rules)
 
 
 def test_percentiles_are_values_that_occurred() -> None:

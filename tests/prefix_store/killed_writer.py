@@ -27,7 +27,7 @@ def write_until_killed(root: Path, cycle: int) -> None:
         staged = backend.stage()
         staged.write(f"{cycle}-{number}-".encode() * 1000)
         staged.publish()
-        version, _ = catalog.publish("task", staged.digest, staged.num_bytes, manifest)
+        version = catalog.publish("task", staged.digest, staged.num_bytes, manifest).version
         say(f"acknowledged {version.version} {version.digest}")
         staged.discard()
 

@@ -7,22 +7,24 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from prefix_store import records
 from prefix_store.backends.memory import MemoryBackend
-from prefix_store.catalog import Catalog
+from prefix_store.catalog import Catalog, Publication
 from prefix_store.errors import (
     InvalidTaskName,
+    NoSuchMove,
     PreconditionFailed,
     PrefixUnavailable,
     StoreFull,
     UnknownTask,
     UnknownVersion,
 )
-from prefix_store.spec import PrefixManifest, PrefixVersion
+from prefix_store.spec import PrefixManifest, PrefixVersion, TaskInfo
 from tests.prefix_store.conftest import OpenBackend
 
 MANIFEST = PrefixManifest(num_virtual_tokens=3, k_space="none", model_type="gpt2")
@@ -41,94 +43,272 @@ class FailingBackend(MemoryBackend):
         super().append_record(log, index, payload)
 
 
-def publish(
-    catalog: Catalog, task: str, digest: str, **conditions: Any
-) -> tuple[PrefixVersion, bool]:
+def publish(catalog: Catalog, task: str, digest: str, **conditions: Any) -> Publication:
     return catalog.publish(task, digest, 10, MANIFEST, **conditions)
 
 
-class Twin:
-    """What the catalog should say: per task all versions ever, and how many of them were deleted."""
+@dataclass
+class TwinTask:
+    """All that ever happened to a task, to be gone through from the start for every question."""
 
-    def __init__(self) -> None:
-        self.history: dict[str, list[str]] = {}
-        self.deleted: dict[str, int] = {}
+    events: list[tuple[str, Any]] = field(default_factory=list)
 
-    def visible(self, task: str) -> list[tuple[int, str]]:
-        numbered = list(enumerate(self.history.get(task, []), start=1))
-        return numbered[self.deleted.get(task, 0) :]
+    def versions(self) -> dict[int, str]:
+        """Number -> digest of what can be named: published, and not before the last delete."""
+        found: dict[int, str] = {}
+        number = 0
+        for kind, value in self.events:
+            if kind == "version":
+                number += 1
+                found[number] = value
+            elif kind == "delete":
+                found = {}
+        return found
+
+    def lives(self) -> list[int]:
+        moves: list[int] = []
+        for kind, value in self.events:
+            if kind == "live":
+                moves.append(value)
+            elif kind == "rollback":
+                moves.pop()
+            elif kind == "delete":
+                moves = []
+        return moves
+
+    def canary(self) -> tuple[int, float] | None:
+        """The last trial that was begun, unless it ended, passed, or was deleted since."""
+        for position in range(len(self.events) - 1, -1, -1):
+            kind, value = self.events[position]
+            if kind in ("end", "delete"):
+                return None
+            if kind == "canary":
+                after = [TwinTask(self.events[:n]) for n in range(position, len(self.events) + 1)]
+                passed = value[0] in [then.lives()[-1] for then in after if then.lives()]
+                return None if passed else value
+        return None
+
+    def live(self) -> int | None:
+        return self.lives()[-1] if self.lives() else None
+
+
+CAUGHT = (UnknownTask, UnknownVersion, PreconditionFailed, StoreFull, NoSuchMove)
 
 
 def outcome(call: Callable[..., object], *args: object, **conditions: object) -> object:
     """What `call` returns, or the type of what it raises."""
     try:
         return call(*args, **conditions)
-    except (UnknownTask, PreconditionFailed, StoreFull) as error:
+    except CAUGHT as error:
         return type(error)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_operations_agree_with_the_twin(seed: int) -> None:
-    rng = random.Random(seed)
-    backend = FailingBackend()
-    catalog = Catalog(backend)
-    twin = Twin()
-    for _ in range(150):
-        task, digest = rng.choice("abc"), rng.choice(DIGESTS)
-        visible = twin.visible(task)
-        live = visible[-1][1] if visible else None
-        backend.full = rng.random() < 0.1
-        if_match = rng.choice([None, None, None, "*", digest])
-        unmatched = if_match is not None and (live is None or if_match not in ("*", live))
-        match rng.choice(["publish", "publish", "publish", "delete", "reopen"]):
-            case "publish":
-                fresh = rng.random() < 0.2
-                conditions = {"if_match": if_match, "if_none_match": fresh}
-                got = outcome(publish, catalog, task, digest, **conditions)
-                if unmatched or (fresh and live is not None):
-                    assert got is PreconditionFailed
-                elif live == digest:
-                    assert isinstance(got, tuple)
-                    assert got[1] is False
-                elif backend.full:
-                    assert got is StoreFull
-                else:
-                    assert isinstance(got, tuple)
-                    assert got[1] is True
-                    twin.history.setdefault(task, []).append(digest)
-            case "delete":
-                got = outcome(catalog.delete, task, if_match=if_match)
-                if live is None:
-                    assert got is UnknownTask
-                elif unmatched:
-                    assert got is PreconditionFailed
-                elif backend.full:
-                    assert got is StoreFull
-                else:
-                    assert got is None
-                    twin.deleted[task] = len(twin.history[task])
-            case "reopen":
-                catalog = Catalog(backend)
-        catalog.check_invariants()
-        assert_agrees(catalog, twin)
+class Pair:
+    """The catalog and its twin under the same random operations."""
 
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.backend = FailingBackend()
+        self.catalog = Catalog(self.backend)
+        self.twins = {task: TwinTask() for task in "ab"}
 
-def assert_agrees(catalog: Catalog, twin: Twin) -> None:
-    expected = {task: twin.visible(task) for task in "abc" if twin.visible(task)}
-    infos = catalog.tasks()
-    assert [info.name for info in infos] == sorted(expected)
-    for info in infos:
-        assert [(v.version, v.digest) for v in info.versions] == expected[info.name]
-        assert info.live is info.versions[-1]
-        assert catalog.task(info.name) == info
+    def step(self) -> None:
+        self.backend.full = self.rng.random() < 0.1
+        task = self.rng.choice("ab")
+        twin = self.twins[task]
+        operations = [self.publish] * 3 + [self.promote, self.rollback, self.canary, self.end]
+        operations += [self.delete] if self.rng.random() < 0.3 else []
+        self.rng.choice(operations)(task, twin)
+        if self.rng.random() < 0.05:
+            self.catalog = Catalog(self.backend)
+        self.catalog.check_invariants()
+        self.compare()
+
+    def if_match(self) -> str | None:
+        return self.rng.choice([None, None, None, None, "*", self.rng.choice(DIGESTS)])
+
+    def refused(self, present: int | None, if_match: str | None, twin: TwinTask) -> bool:
+        return if_match is not None and (
+            present is None or if_match not in ("*", twin.versions()[present])
+        )
+
+    def settle(self, got: object, expected: object, twin: TwinTask, *events: Any) -> None:
+        """`expected` is a type that is raised, or what is returned when the disk has room."""
+        if isinstance(expected, type):
+            assert got is expected
+        elif events and self.backend.full:
+            assert got is StoreFull
+        else:
+            assert got == expected
+            twin.events += events
+
+    def publish(self, task: str, twin: TwinTask) -> None:
+        digest, if_match = self.rng.choice(DIGESTS), self.if_match()
+        fresh, activate = self.rng.random() < 0.1, self.rng.random() < 0.6
+        conditions = {"if_match": if_match, "if_none_match": fresh, "activate": activate}
+        got = outcome(publish, self.catalog, task, digest, **conditions)
+        if isinstance(got, Publication):
+            got = (got.version.version, got.created, got.activated)
+        known = [n for n, d in twin.versions().items() if d == digest]
+        number = known[0] if known else sum(kind == "version" for kind, _ in twin.events) + 1
+        moves = activate and twin.live() != number
+        events: list[tuple[str, Any]] = [] if known else [("version", digest)]
+        events += [("live", number)] if moves else []
+        expected: object = (number, not known, moves)
+        if self.refused(twin.live(), if_match, twin) or (fresh and twin.versions()):
+            expected = PreconditionFailed
+        self.settle(got, expected, twin, *events)
+
+    def promote(self, task: str, twin: TwinTask) -> None:
+        number, if_match = self.rng.randint(1, 6), self.if_match()
+        got = outcome(self.catalog.promote, task, number, if_match=if_match)
+        moves = twin.live() != number
+        expected: object = moves
+        if number not in twin.versions():
+            expected = UnknownVersion if twin.versions() else UnknownTask
+        elif self.refused(twin.live(), if_match, twin):
+            expected = PreconditionFailed
+        self.settle(got, expected, twin, *([("live", number)] if moves else []))
+
+    def rollback(self, task: str, twin: TwinTask) -> None:
+        if_match = self.if_match()
+        got = outcome(self.catalog.rollback, task, if_match=if_match)
+        lives = twin.lives()
+        expected: object = lives[-2] if len(lives) > 1 else NoSuchMove
+        if not twin.versions():
+            expected = UnknownTask
+        elif self.refused(twin.live(), if_match, twin):
+            expected = PreconditionFailed
+        got = got.version if isinstance(got, PrefixVersion) else got
+        self.settle(got, expected, twin, ("rollback", None))
+
+    def canary(self, task: str, twin: TwinTask) -> None:
+        number, weight = self.rng.randint(1, 6), self.rng.choice([0.0, 0.1, 1.0])
+        if_match, fresh = self.if_match(), self.rng.random() < 0.1
+        conditions = {"if_match": if_match, "if_none_match": fresh}
+        got = outcome(self.catalog.set_canary, task, number, weight, **conditions)
+        present = twin.canary()
+        expected: object = present != (number, weight)
+        if number not in twin.versions():
+            expected = UnknownVersion if twin.versions() else UnknownTask
+        elif (fresh and present) or self.refused(present and present[0], if_match, twin):
+            expected = PreconditionFailed
+        elif number == twin.live():
+            expected = NoSuchMove
+        self.settle(got, expected, twin, *([("canary", (number, weight))] if expected else []))
+
+    def end(self, task: str, twin: TwinTask) -> None:
+        if_match = self.if_match()
+        got = outcome(self.catalog.end_canary, task, if_match=if_match)
+        present = twin.canary()
+        expected: object = None
+        if not twin.versions():
+            expected = UnknownTask
+        elif present is None:
+            expected = UnknownVersion
+        elif self.refused(present[0], if_match, twin):
+            expected = PreconditionFailed
+        self.settle(got, expected, twin, ("end", None))
+
+    def delete(self, task: str, twin: TwinTask) -> None:
+        if_match = self.if_match()
+        got = outcome(self.catalog.delete, task, if_match=if_match)
+        expected: object = list(twin.versions().items())
+        if not twin.versions():
+            expected = UnknownTask
+        elif self.refused(twin.live(), if_match, twin):
+            expected = PreconditionFailed
+        if isinstance(got, tuple):
+            got = [(v.version, v.digest) for v in got]
+        self.settle(got, expected, twin, ("delete", None))
+
+    def compare(self) -> None:
+        present = {task: twin for task, twin in self.twins.items() if twin.versions()}
+        infos = self.catalog.tasks()
+        assert [info.name for info in infos] == sorted(present)
+        for info in infos:
+            twin = present[info.name]
+            assert {v.version: v.digest for v in info.versions} == twin.versions()
+            assert (info.live and info.live.version) == twin.live()
+            lives = twin.lives()
+            assert (info.previous and info.previous.version) == (lives[-2] if lives[1:] else None)
+            canary = info.canary and (info.canary.version.version, info.canary.weight)
+            assert canary == twin.canary()
+            self.compare_references(info, twin)
+        named = {digest for twin in present.values() for digest in twin.versions().values()}
+        assert self.catalog.referenced_digests() == named
+
+    def compare_references(self, info: TaskInfo, twin: TwinTask) -> None:
+        task, catalog = info.name, self.catalog
+        assert catalog.task(task) == info
         for version in info.versions:
-            assert catalog.get(info.name, f"v{version.version}") is version
-            latest = max(v.version for v in info.versions if v.digest == version.digest)
-            assert catalog.get(info.name, version.digest).version == latest
+            assert catalog.is_named(version)
+            assert catalog.get(task, f"v{version.version}") is version
+            assert catalog.get(task, version.digest) is version
+        canary = twin.canary()
+        for alias, number in (("live", twin.live()), ("canary", canary and canary[0])):
+            found = outcome(catalog.get, task, alias)
+            assert getattr(found, "version", found) == (number or UnknownVersion)
         hidden = info.versions[0].version - 1
         with pytest.raises(UnknownVersion):
-            catalog.get(info.name, f"v{hidden}" if hidden else "v0")
-    assert catalog.referenced_digests() == {d for seen in expected.values() for _, d in seen}
+            catalog.get(task, f"v{hidden}" if hidden else "v0")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_operations_agree_with_the_twin(seed: int) -> None:
+    pair = Pair(seed)
+    for _ in range(120):
+        pair.step()
+
+
+def old_log(*digests: str) -> MemoryBackend:
+    """A log as the first release wrote it: every upload a `publish`, also of bytes that were there before."""
+    backend = MemoryBackend()
+    prev = records.GENESIS
+    for index, digest in enumerate(digests, start=1):
+        text = (
+            f'{{"index":{index},"prev":"{prev}","task":"task","created_at":"2026-11-01T00:00:00.000+00:00",'
+            f'"kind":"publish","version":{index},"digest":"{digest}","size_bytes":10,'
+            f'"manifest":{MANIFEST.model_dump_json()}}}'
+        )
+        backend.append_record(LOG, index, text.encode())
+        prev = records.chain_hash(text.encode())
+    return backend
+
+
+def test_a_log_from_before_aliases_is_read_and_goes_on() -> None:
+    backend = old_log(DIGESTS[0], DIGESTS[1], DIGESTS[0])
+    catalog = Catalog(backend)
+    assert catalog.live("task").version == 3
+    assert catalog.rollback("task").version == 2
+    assert catalog.rollback("task").version == 1
+    assert publish(catalog, "task", DIGESTS[0]) == (catalog.live("task"), False, False)
+    assert publish(catalog, "task", DIGESTS[2], activate=False).version.version == 4
+    assert Catalog(backend).task("task") == catalog.task("task")
+
+
+def test_the_same_bytes_are_the_same_version_and_live_moves_to_it() -> None:
+    catalog = Catalog(MemoryBackend())
+    first = publish(catalog, "task", DIGESTS[0]).version
+    publish(catalog, "task", DIGESTS[1])
+
+    assert publish(catalog, "task", DIGESTS[0], activate=False) == (first, False, False)
+    assert catalog.live("task").version == 2
+    assert publish(catalog, "task", DIGESTS[0]) == (first, False, True)
+    assert catalog.live("task") == first
+    assert len(catalog.task("task").versions) == 2
+
+
+def test_a_task_whose_versions_were_only_stored_has_no_bare_name() -> None:
+    catalog = Catalog(MemoryBackend())
+    publish(catalog, "task", DIGESTS[0], activate=False)
+    with pytest.raises(UnknownVersion, match="no live version; promote one"):
+        catalog.live("task")
+    assert catalog.get("task", "v1").version == 1
+    with pytest.raises(PreconditionFailed, match="exists already"):
+        publish(catalog, "task", DIGESTS[1], if_none_match=True)
+    catalog.promote("task", 1)
+    assert catalog.live("task").version == 1
 
 
 def test_a_replay_restores_every_field(open_backend: OpenBackend) -> None:
@@ -141,7 +321,7 @@ def test_a_replay_restores_every_field(open_backend: OpenBackend) -> None:
         description="naïve – \u2028",
         training={"steps": 3, "lr": 1e-3, "note": None, "nested": [{"a": True}]},
     )
-    version, _ = Catalog(open_backend()).publish("task", DIGESTS[0], 10, manifest)
+    version, *_ = Catalog(open_backend()).publish("task", DIGESTS[0], 10, manifest)
     assert version.manifest == manifest
     assert Catalog(open_backend()).live("task") == version
     assert version.ref == "task@v1"
@@ -156,14 +336,15 @@ def test_a_digest_prefix_must_be_long_enough_and_fit_one_version() -> None:
     assert catalog.get("task", first[:28]).digest == first
     for selector, message in [
         (first[:27], "fits several"),
-        (first[:18], r"expected v<number> or sha256"),
+        (first[:18], r"expected v<number>, live, canary or sha256"),
         ("sha256:" + "0" * 12, "has no version"),
         ("v3", "has no version"),
         ("v0", "expected v<number>"),
         ("v01", "expected v<number>"),
         ("v" + "9" * 100, "expected v<number>"),
         ("", "expected v<number>"),
-        ("latest", "expected v<number>"),
+        ("latest", "expected v<number>, live, canary"),
+        ("canary", "has no version 'canary'"),
     ]:
         with pytest.raises(UnknownVersion, match=message):
             catalog.get("task", selector)
@@ -217,6 +398,13 @@ def edit(log: dict[int, bytes], at: int, **fields: Any) -> None:
     log[at] = json.dumps(json.loads(log[at]) | fields).encode()
 
 
+def follow(log: dict[int, bytes], **fields: Any) -> None:
+    """A record that continues the chain; what it says is up to the caller."""
+    end = len(log)
+    frame = {"index": end + 1, "prev": records.chain_hash(log[end]), "task": "task"}
+    log[end + 1] = json.dumps({**frame, "created_at": "now", **fields}).encode()
+
+
 DAMAGE: dict[str, Callable[[dict[int, bytes]], object]] = {
     "first record lost": lambda log: log.pop(1),
     "middle record lost": lambda log: log.pop(2),
@@ -227,6 +415,11 @@ DAMAGE: dict[str, Callable[[dict[int, bytes]], object]] = {
     "last digest made malformed": lambda log: edit(log, 3, digest="sha256:../../etc/passwd"),
     "unknown field": lambda log: edit(log, 3, note="x"),
     "another kind": lambda log: edit(log, 3, kind="rename"),
+    "promotes what is not there": lambda log: follow(log, kind="promote", version=4),
+    "rolls back to what was not live": lambda log: follow(log, kind="rollback", version=1),
+    "canary that is live": lambda log: follow(log, kind="canary", version=3, weight=0.5),
+    "canary that is not there": lambda log: follow(log, kind="canary", version=9, weight=0.5),
+    "weight above one": lambda log: follow(log, kind="canary", version=1, weight=1.5),
     "version skipped": lambda log: edit(log, 3, version=4),
     "wrong task": lambda log: edit(log, 3, task="other"),
     "wrong index": lambda log: edit(log, 3, index=4),

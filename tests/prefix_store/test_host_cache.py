@@ -148,3 +148,38 @@ def test_a_value_larger_than_the_budget_evicts_nothing() -> None:
     assert cache.get("abcdef") == (Blob("abcdef", 6), False)
     assert "abc" in cache
     assert "abcdef" not in cache
+
+
+def test_what_is_discarded_while_it_is_loaded_serves_who_waits_and_is_not_kept() -> None:
+    disk = Disk()
+    cache = HostCache(20, disk.load)
+    disk.gate.clear()
+    threads, outcomes = in_threads(3, cache, "xx")
+    wait_for_misses(cache, 3)
+    assert not cache.discard("xx")
+    disk.gate.set()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [(Blob("xx", 2), False)] * 3
+    assert "xx" not in cache
+    cache.check_invariants()
+    cache.get("xx")
+    assert cache.sizes() == {"xx": 2}
+    assert cache.discard("xx")
+    assert (cache.sizes(), cache.stats().num_bytes, cache.stats().evictions) == ({}, 0, 0)
+
+
+def test_a_discarded_load_that_fails_leaves_no_mark() -> None:
+    disk = Disk()
+    cache = HostCache(20, disk.load)
+    disk.broken.add("xx")
+    disk.gate.clear()
+    threads, _ = in_threads(1, cache, "xx")
+    wait_for_misses(cache, 1)
+    cache.discard("xx")
+    disk.gate.set()
+    threads[0].join()
+    disk.broken.clear()
+    cache.check_invariants()
+    assert cache.get("xx")[0] == Blob("xx", 2)
+    assert "xx" in cache

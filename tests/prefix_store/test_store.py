@@ -10,20 +10,24 @@ import pytest
 import torch
 
 from prefix_store.artifact import encode
+from prefix_store.catalog import Catalog
 from prefix_store.errors import (
     ArtifactTooLarge,
     DigestMismatch,
     IncompatiblePrefix,
     InvalidTaskName,
     MalformedArtifact,
+    NoSuchMove,
     PreconditionFailed,
     PrefixUnavailable,
     StoreFailed,
+    StoreFull,
     StoreLocked,
     UnknownTask,
     UnknownVersion,
 )
-from prefix_store.spec import BaseSpec, PrefixManifest, digest_of
+from prefix_store.records import log_name
+from prefix_store.spec import BaseSpec, Canary, PrefixManifest, digest_of
 from prefix_store.store import PrefixStore
 from prefix_store.upload import Upload
 from prefix_store.validation import Limits
@@ -83,13 +87,13 @@ def test_everything_is_there_after_reopening(open_store: OpenStore) -> None:
 def test_references_name_the_live_version_a_number_or_a_digest(open_store: OpenStore) -> None:
     store = open_store()
     first, second = (store.put("task", make_artifact(seed=seed)).version for seed in (1, 2))
-    assert store.resolve("task") == second
+    assert store.resolve("task") == store.resolve("task@live") == second
     assert store.resolve("task@v1") == first
     assert store.resolve(first.ref) == first
     assert store.resolve(f"task@{first.digest}") == first
     assert store.resolve(f"task@{first.digest[:19]}") == first
     assert store.task("task").versions == (first, second)
-    for ref in ("task@", "task@v3", "task@live", "task@v1@v2"):
+    for ref in ("task@", "task@v3", "task@latest", "task@canary", "task@v1@v2"):
         with pytest.raises(UnknownVersion):
             store.resolve(ref)
     with pytest.raises(UnknownTask):
@@ -193,30 +197,154 @@ def test_versions_count_on_after_a_delete_and_old_ones_stay_hidden(open_store: O
     assert open_store().resolve("task").version == 3
 
 
-def test_running_requests_may_load_what_was_deleted_until_the_store_is_reopened(
+def test_deleted_bytes_stay_while_they_are_held_and_go_with_the_last_hold(
     open_store: OpenStore,
 ) -> None:
-    store = open_store(host_cache_bytes=0)
-    digest = store.put("task", make_artifact()).version.digest
-    store.delete("task")
-    assert store.load(digest).prefix.digest == digest
     store = open_store()
-    assert store.stats().disk_entries == 0
+    version = store.put("task", make_artifact()).version
+    before = open_store().stats()
+    assert before.disk_entries == 1
+    store = open_store()
+    store.load(version.digest)
+    store.hold(version)
+    store.hold(version)
+
+    assert store.delete("task") == [version.digest]
+    assert not store.free(version.digest)
+    assert store.load(version.digest).prefix.digest == version.digest
+    with pytest.raises(UnknownTask, match="was deleted"):
+        store.hold(version)
+    assert not store.release(version.digest)
+    assert store.release(version.digest)
+    assert store.free(version.digest)
+
+    assert (store.stats().disk_entries, store.stats().disk_bytes) == (0, 0)
+    assert (store.stats().host_entries, store.stats().host_bytes) == (0, 0)
     with pytest.raises(PrefixUnavailable):
-        store.load(digest)
+        store.load(version.digest)
 
 
-def test_promoting_an_older_version_publishes_its_bytes_anew(open_store: OpenStore) -> None:
+def test_bytes_that_another_version_names_are_never_freed(open_store: OpenStore) -> None:
     store = open_store()
+    digest = store.put("task", make_artifact()).version.digest
+    store.put("other", make_artifact())
+    assert store.delete("task") == []
+    assert not store.free(digest)
+    store.delete("other")
+    store.put("task", make_artifact())
+    assert not store.free(digest)
+    assert store.load(digest).prefix.digest == digest
+
+
+def test_a_damaged_log_keeps_every_blob_in_its_place(tmp_path: Path) -> None:
+    store = PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0)
+    for task in ("task", "other"):
+        store.put(task, make_artifact())
+    store.close()
+    log = next(path for path in (tmp_path / "log").iterdir() if path.name == log_name("other"))
+    next(log.iterdir()).write_bytes(b"damaged")
+    store = PrefixStore.open(tmp_path, TINY_BASE, host_cache_bytes=0)
+    (digest,) = store.delete("task")
+    assert not store.free(digest)
+    assert store.stats().disk_entries == 1
+    store.close()
+
+
+def test_an_upload_that_fails_at_the_last_step_leaves_no_blob(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    kept = store.put("other", make_artifact(seed=1)).version
+
+    def full(*_: object, **__: object) -> None:
+        raise StoreFull("no room")
+
+    monkeypatch.setattr(Catalog, "_append", full)
+    for seed in (1, 2):
+        with pytest.raises(StoreFull):
+            store.put("task", make_artifact(seed=seed))
+    assert store.stats().disk_entries == 1
+    assert store.load(kept.digest).prefix.digest == kept.digest
+
+
+def test_uploads_of_bytes_that_are_being_deleted_end_whole_or_not_at_all(
+    open_store: OpenStore,
+) -> None:
+    """The race of reclaiming against deduplication: a version must never name a blob that went."""
+    store = open_store(host_cache_bytes=0)
+    data = make_artifact()
+    digest = digest_of(data)
+    failures: list[Exception] = []
+
+    def work(task: str) -> None:
+        try:
+            for _ in range(15):
+                version = store.put(task, data).version
+                store.hold(version)
+                assert store.load(digest).prefix.digest == digest
+                store.delete(task)
+                assert store.load(digest).prefix.digest == digest
+                if store.release(digest):
+                    store.free(digest)
+        except Exception as error:  # noqa: BLE001 - a thread's failure must reach the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"task-{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.free(digest)
+    assert failures == []
+    assert store.stats().disk_entries == 0
+
+
+def test_aliases_move_only_to_what_can_be_read(open_store: OpenStore) -> None:
+    store = open_store(host_cache_bytes=0)
     first, second = (store.put("task", make_artifact(seed=seed)).version for seed in (1, 2))
     with pytest.raises(PreconditionFailed):
-        store.promote("task@v1", if_match=first.digest)
-    promoted = store.promote("task@v1", if_match=second.digest)
-    assert promoted.created
-    assert promoted.version.ref == "task@v3"
-    assert promoted.version.digest == first.digest
-    assert not store.promote("task@v3").created
-    assert store.stats().disk_entries == 2
+        store.promote("task", 1, if_match=first.digest)
+    assert store.promote("task", 1, if_match=second.digest)
+    assert not store.promote("task", 1)
+    assert store.resolve("task") == first
+    assert store.rollback("task") == second
+    assert store.set_canary("task", 1, 0.25)
+    assert store.resolve("task@canary") == first
+    assert open_store().task("task").canary == Canary(first, 0.25)
+    store = open_store(host_cache_bytes=0)
+    store._backend.remove_blob(first.digest)
+    for move in (
+        lambda: store.promote("task", 1),
+        lambda: store.set_canary("task", 1, 0.5),
+        lambda: store.rollback("task"),
+    ):
+        with pytest.raises(PrefixUnavailable):
+            move()
+    store.end_canary("task")
+    assert store.resolve("task") == second
+
+
+def test_only_what_was_live_before_can_be_rolled_back_to(open_store: OpenStore) -> None:
+    store = open_store()
+    store.put("task", make_artifact())
+    with pytest.raises(NoSuchMove, match="no version that was live before"):
+        store.rollback("task")
+
+
+def test_stored_bytes_are_read_in_pieces_also_while_they_are_removed(open_store: OpenStore) -> None:
+    store = open_store()
+    data = make_artifact()
+    version = store.put("task", data).version
+    content = store.open_content(version)
+    assert content.num_bytes == len(data)
+    store.delete("task")
+    assert store.free(version.digest)
+    assert content.read(10, 20) + content.read(30, 10**6) == data[10:]
+    assert content.read(len(data), 5) == b""
+    content.close()
+    content.close()
+    with pytest.raises(PrefixUnavailable):
+        store.open_content(version)
 
 
 def test_a_store_opened_for_another_base_refuses_to_load_what_does_not_fit(

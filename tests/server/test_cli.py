@@ -14,6 +14,7 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
+from prefix_store.audit_log import AuditLog
 from server import __version__
 from server.cli import main
 from server.log import JsonFormatter
@@ -47,7 +48,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> None:
     def request(method: str, url: str, *, timeout: float, **arguments: Any) -> httpx2.Response:
         return client.request(method, url, **arguments)
 
+    def stream(method: str, url: str, *, timeout: float, **arguments: Any) -> Any:
+        return client.stream(method, url, **arguments)
+
     monkeypatch.setattr(httpx2, "request", request)
+    monkeypatch.setattr(httpx2, "stream", stream)
     monkeypatch.setenv("PREFIXD_URL", "http://testserver/")
     monkeypatch.setenv("PREFIXD_ADMIN_KEY", ADMIN_KEY)
 
@@ -144,6 +149,100 @@ def test_a_task_is_pushed_listed_shown_and_removed(run: Run, server: None, tmp_p
     assert "fresh" not in run("tasks", "list")[1]
 
 
+def test_versions_are_promoted_rolled_back_and_tried(
+    run: Run, server: None, tmp_path: Path
+) -> None:
+    file = tmp_path / "poet.safetensors"
+    file.write_bytes(make_artifact(seed=9))
+
+    def live() -> str:
+        return next(line.split()[1] for line in shown() if line.endswith("live"))
+
+    def shown() -> list[str]:
+        return run("tasks", "show", "poet")[1].splitlines()
+
+    assert run("tasks", "push", file, "--no-activate")[1].strip().endswith("stored")
+    assert live() == "v2"
+    assert run("tasks", "promote", "poet", "v3")[1].strip().endswith("live")
+    assert "live already" in run("tasks", "promote", "poet", "3")[1]
+    assert live() == "v3"
+    assert run("tasks", "rollback", "poet")[1].startswith("poet@v2 ")
+    assert "live again" in run("tasks", "push", file)[1]
+    assert run("tasks", "canary", "poet", "1", "--weight", "0.1")[1].strip().endswith("10.0%")
+    assert shown()[-1].endswith("canary")
+    assert "live, canary v1 10%" in run("tasks", "list")[1]
+    assert run("tasks", "canary", "poet", "--end")[1] == "poet has no canary\n"
+
+
+def test_a_task_is_pinned_warmed_and_evicted(run: Run, server: None) -> None:
+    out = run("tasks", "pin", "poet", "--ttl", "60")[1]
+    assert "pinned for 60 s; 1 of 10 blocks of the pin budget" in out
+    assert "until it is unpinned" in run("tasks", "pin", "poet")[1]
+    assert run("tasks", "unpin", "poet")[1] == "poet unpinned\n"
+    assert "on its way" in run("tasks", "warm", "poet", "v1")[1]
+    assert run("tasks", "evict", "poet")[1] == "poet evicted, 2 versions\n"
+
+
+def test_what_was_pushed_is_pulled_and_verified(
+    run: Run, server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fresh.safetensors").write_bytes(make_artifact(seed=9))
+    run("tasks", "push", "fresh.safetensors")
+
+    code, out, _ = run("tasks", "pull", "fresh")
+    assert (code, out.split()[0]) == (0, "fresh-v1.safetensors")
+    assert run("tasks", "pull", "poet@v1", "--output", "old")[0] == 0
+    assert (tmp_path / "fresh-v1.safetensors").read_bytes() == make_artifact(seed=9)
+    assert (tmp_path / "old").read_bytes() == make_artifact(seed=1)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_download_that_is_not_what_was_announced_gets_no_name(
+    run: Run, server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.cli_transfer._save", lambda *_: "sha256:other")
+    code, _, err = run("tasks", "pull", "poet", "--output", tmp_path / "out")
+    assert code == 1
+    assert "received sha256:other" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transfer_shows_its_progress_on_a_terminal_only(
+    run: Run, server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    file = tmp_path / "fresh.safetensors"
+    file.write_bytes(make_artifact(seed=9))
+    assert "push" not in run("tasks", "push", file)[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "push fresh.safetensors" in run("tasks", "push", file)[1]
+
+
+def test_the_audit_log_is_verified(run: Run, tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit")
+    for _ in range(3):
+        log.append(who="key", action="upload")
+    log.close()
+    for place in (tmp_path, tmp_path / "audit"):
+        assert run("audit", "verify", place) == (0, f"3 records, head {log.head}\n", "")
+    assert run("audit", "verify", tmp_path, "--head", log.head)[0] == 0
+    code, _, err = run("audit", "verify", tmp_path, "--head", "0" * 63 + "1")
+    assert (code, "its end was cut off" in err) == (1, True)
+
+    [file] = (tmp_path / "audit").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    code, _, err = run("audit", "verify", tmp_path)
+    assert (code, "the last line is torn" in err, "2 records" in err) == (1, True, True)
+    file.write_bytes(whole.replace(b"upload", b"delete", 1))
+    code, _, err = run("audit", "verify", tmp_path)
+    assert (code, "record 1: it is not what its hash says" in err) == (1, True)
+    assert "there is no such folder" in run("audit", "verify", tmp_path / "nowhere")[2]
+
+
 def test_a_refused_artifact_is_told_fault_by_fault(run: Run, server: None, tmp_path: Path) -> None:
     file = tmp_path / "bad.safetensors"
     file.write_bytes(make_artifact(num_virtual_tokens=17))
@@ -161,6 +260,12 @@ def test_a_refused_artifact_is_told_fault_by_fault(run: Run, server: None, tmp_p
         (("tasks", "rm", "nobody"), "404: there is no task 'nobody'"),
         (("tasks", "list", "--admin-key", "wrong"), "401: the key does not open"),
         (("tasks", "push", "/nowhere/x"), "No such file"),
+        (("tasks", "promote", "poet", "v9"), "404: task 'poet' has no version 'v9'"),
+        (("tasks", "promote", "poet", "latest"), "expected a number, as 3 or v3"),
+        (("tasks", "canary", "poet"), "or pass --end"),
+        (("tasks", "canary", "poet", "2"), "409: version 2 of task 'poet' is live"),
+        (("tasks", "pull", "poet@v9"), "404"),
+        (("tasks", "pull", "poet", "--output", "/nowhere/x"), "No such file"),
     ],
 )
 def test_a_command_that_fails_is_a_box_and_exit_code_1(

@@ -18,7 +18,8 @@ METRIC_NAMES = {
     "prefix_load_duration_seconds", "prefix_load_failures", "prefix_resident", "prompt_tokens",
     "queue_time_seconds", "ready", "request_duration_seconds", "request_generation_tokens",
     "request_prompt_tokens", "requests", "requests_running", "requests_waiting",
-    "step_duration_seconds", "time_per_output_token_seconds", "time_to_first_token_seconds",
+    "step_duration_seconds", "task_version_failures", "task_version_first_token_seconds",
+    "task_version_requests", "time_per_output_token_seconds", "time_to_first_token_seconds",
 }  # fmt: skip
 
 
@@ -99,6 +100,23 @@ def test_a_finished_request_is_counted_under_its_task() -> None:
     assert value(metrics, "decode_time_seconds_sum") == pytest.approx(0.7)
     assert value(metrics, "inter_token_latency_seconds_count") == 3
     assert value(metrics, "time_per_output_token_seconds_sum", task="poet") == pytest.approx(0.2)
+
+
+def test_a_canary_is_counted_beside_the_live_version() -> None:
+    metrics = Metrics()
+    metrics.on_request(request(version_role="live"))
+    metrics.on_request(request(version_role="canary"))
+    metrics.on_request(request(version_role="canary", outcome="error"))
+    metrics.on_request(request())
+
+    def roles(name: str) -> list[float | None]:
+        return [value(metrics, name, task="poet", version_role=r) for r in ("live", "canary")]
+
+    assert roles("task_version_requests_total") == [1, 2]
+    assert roles("task_version_failures_total") == [0, 1]
+    assert roles("task_version_first_token_seconds_count") == [1, 2]
+    metrics.forget_task("poet")
+    assert roles("task_version_requests_total") == [None, None]
 
 
 def test_a_request_that_never_ran_has_no_times() -> None:

@@ -12,10 +12,11 @@ from typing import Any, Final
 
 import pytest
 
-from server.engine.messages import EvictPrefix, PrefixReady, RowOutcome, WarmPrefix
+from server.engine.messages import EvictPrefix, PrefixReady, RowOutcome
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, SequenceStatus
 from server.kvcache.block_pool import BlockPool
+from server.kvcache.pins import Pin, Pins
 from server.kvcache.resident_prefixes import ResidentPrefix, ResidentPrefixes
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -152,9 +153,24 @@ def prefix_loads_are_skipped(original: Any, scheduler: Any, ref: Any, step: Any)
 
 @_bug(Scheduler, "_reserve")
 def pin_is_forgotten(original: Any, scheduler: Any, ref: Any, step: Any) -> None:
-    scheduler._warm.pop(ref.digest, None)
     original(scheduler, ref, step)
-    scheduler._warm[ref.digest] = WarmPrefix(ref)
+    scheduler._prefixes.unpin(ref.digest)
+
+
+@_bug(Pins, "expire")
+def pin_never_expires(original: Any, pins: Any, now: float) -> None:
+    pass
+
+
+@_bug(Pins, "pin")
+def pin_budget_is_not_asked(original: Any, pins: Any, ref: Any, expires_at: Any) -> Any:
+    pins._replace({**pins._pins, ref.task: Pin(ref, expires_at)})
+    return pins._state(None)
+
+
+@_bug(Pins, "follow")
+def pin_stays_with_the_old_version(original: Any, pins: Any, ref: Any) -> Any:
+    return pins._state(None) if ref.task in pins._pins else None
 
 
 @_bug(Scheduler, "_may_request")

@@ -25,6 +25,7 @@ MUST_HAPPEN = [
     "row failed",
     "step failed",
     "refused for pins",
+    "pin refused",
     "finished: stop",
     "finished: length",
     "finished: abort",

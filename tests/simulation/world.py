@@ -20,16 +20,26 @@ from server.engine.messages import (
     AbortRequest,
     AddRequest,
     EvictPrefix,
+    FollowPin,
     Message,
+    PinTask,
     SchedulerOutput,
     SequenceOutput,
+    UnpinTask,
     WarmPrefix,
 )
 from server.engine.prefetch import PrefixAnswer, PrefixLoaded, PrefixLoadFailed
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence, SequenceStatus
 from server.kvcache.resident_prefixes import ResidentPrefixes
-from server.types import FinishReason, GenerationRequest, PrefixRef, PrefixTier, SamplingParams
+from server.types import (
+    FinishReason,
+    GenerationRequest,
+    PinState,
+    PrefixRef,
+    PrefixTier,
+    SamplingParams,
+)
 from tests.simulation.hash_runner import (
     EOS,
     ROW_ERROR,
@@ -63,6 +73,7 @@ class Scenario:
     abort_rate: float
     warm_rate: float
     pin_rate: float
+    pin_budget: float
     evict_rate: float
     load_error_rate: float
     row_error_rate: float
@@ -91,7 +102,8 @@ class Scenario:
             add_rate=rng.choice([0.1, 0.3, 0.8]),
             abort_rate=rng.choice([0.0, 0.03, 0.2]),
             warm_rate=rng.choice([0.0, 0.02, 0.1]),
-            pin_rate=rng.choice([0.0, 0.3]),
+            pin_rate=rng.choice([0.0, 0.03, 0.1]),
+            pin_budget=rng.choice([1.0, 1.0, 0.5]),
             evict_rate=rng.choice([0.0, 0.02, 0.1]),
             load_error_rate=rng.choice([0.0, 0.1, 0.4]) if faulty else 0.0,
             row_error_rate=rng.choice([0.0, 0.01]) if faulty else 0.0,
@@ -129,7 +141,7 @@ class World:
         self.prefixes = ResidentPrefixes(self.blocks)
         self.runner = HashRunner(self.blocks, rng, s.row_error_rate, s.step_error_rate)
         self.scheduler = _ObservedScheduler(
-            SchedulerLimits(s.max_num_seqs, s.max_num_batched_tokens, EOS),
+            SchedulerLimits(s.max_num_seqs, s.max_num_batched_tokens, EOS, s.pin_budget),
             self.blocks,
             self.prefixes,
         )
@@ -140,7 +152,7 @@ class World:
         self.num_steps = 0
         self._num_idle = 0
         self._step_broke = False
-        self._pins: set[str] = set()
+        self._pins: dict[str, tuple[PrefixRef, float | None]] = {}
         self.seen: Counter[str] = Counter()
         self._faults = True
         self._next_id = 0
@@ -159,7 +171,9 @@ class World:
         if rng.random() < s.abort_rate:
             self._abort_someone()
         if rng.random() < s.warm_rate:
-            self._inbox.append(WarmPrefix(rng.choice(s.tasks), pin=rng.random() < s.pin_rate))
+            self._inbox.append(WarmPrefix(rng.choice(s.tasks)))
+        if rng.random() < s.pin_rate:
+            self._inbox.append(self._random_pin_order(rng.choice(s.tasks)))
         if rng.random() < s.evict_rate:
             self._inbox.append(EvictPrefix(rng.choice(s.tasks).digest))
         self.turn()
@@ -208,6 +222,12 @@ class World:
         ref = rng.choice([*s.tasks, None])
         return GenerationRequest(str(self._next_id), prompt, sampling, ref)
 
+    def _random_pin_order(self, ref: PrefixRef) -> Message:
+        ttl = self._rng.choice([None, 1, 5, 40])
+        pin = PinTask(0, ref, ttl)
+        orders: list[Message] = [pin, pin, FollowPin(0, ref), UnpinTask(ref.task)]
+        return self._rng.choice(orders)
+
     def _abort_someone(self) -> None:
         if not self._open:
             self._inbox.append(AbortRequest("0"))  # unknown ids are fine
@@ -250,7 +270,6 @@ class World:
     def _step(self) -> None:
         inbox, self._inbox = self._inbox, []
         pinned = {e.ref.digest for e in self.prefixes.entries() if e.pinned}
-        pinned -= {m.digest for m in inbox if isinstance(m, EvictPrefix)}
         order = self.scheduler._order
         before = {seq: (order[seq], seq.num_preemptions) for seq in self.scheduler._running}
         num_step_errors = self.runner.num_step_errors
@@ -258,9 +277,7 @@ class World:
         self._step_broke = self.runner.num_step_errors > num_step_errors
         self.num_steps += 1
         plan = self.scheduler.plan
-        for digest in pinned:
-            assert digest in self.prefixes, "a pinned prefix was evicted"
-        self._check_pins(inbox, plan)
+        self._check_pins(pinned, inbox, plan)
         self._check_preemptions(before)
         self._check_plan(plan)
         for output in result.outputs:
@@ -274,23 +291,59 @@ class World:
         assert self._num_idle <= 1, "the engine says that it has work and does nothing"
         self._record(plan, result)
 
-    def _check_pins(self, inbox: list[Message | PrefixAnswer], plan: SchedulerOutput) -> None:
-        """A pin holds from the order on, through the load, until it is lifted or the load fails."""
+    def _check_pins(
+        self, before: set[str], inbox: list[Message | PrefixAnswer], plan: SchedulerOutput
+    ) -> None:
+        """A pin holds from the order on, through the load, until it is lifted, ends, or the load fails."""
+        self._pins = {t: p for t, p in self._pins.items() if p[1] is None or p[1] > self.now}
+        answers: list[object] = [answer.value for answer in plan.answers]
         for message in inbox:
-            match message:
-                case WarmPrefix(ref, pin=True):
-                    self._pins.add(ref.digest)
-                case EvictPrefix(digest):
-                    self._pins.discard(digest)
-                case PrefixLoadFailed(ref):
-                    self._pins.discard(ref.digest)
+            self._follow_order(message, answers)
         if self._step_broke:
-            self._pins -= {load.ref.digest for load in plan.prefix_loads}
+            self._unpin({load.ref.digest for load in plan.prefix_loads})
+        pinned = {ref.digest for ref, _ in self._pins.values()}
+        for digest in before & pinned:
+            assert digest in self.prefixes, "a pinned prefix was evicted"
         for entry in self.prefixes.entries():
-            assert entry.pinned == (entry.ref.digest in self._pins), "a pin was lost or invented"
+            assert entry.pinned == (entry.ref.digest in pinned), "a pin was lost or invented"
         resident_or_coming = {e.ref.digest for e in self.prefixes.entries()}
         resident_or_coming |= self.scheduler._warm.keys()
-        self._pins &= resident_or_coming  # the others fit nowhere and were given up
+        self._unpin(pinned - resident_or_coming)  # these fit nowhere and were given up
+
+    def _follow_order(self, message: Message | PrefixAnswer, answers: list[object]) -> None:
+        """The same order, carried out in the slow, obvious way, and the answer that it must have got."""
+        match message:
+            case PinTask(_, ref, ttl):
+                fits = self._fits_budget(ref)
+                self.seen["pin refused"] += not fits
+                self._expect(answers.pop(0), fits)
+                if fits:
+                    self._pins[ref.task] = (ref, None if ttl is None else self.now + ttl)
+            case FollowPin(_, ref):
+                if ref.task not in self._pins:
+                    assert answers.pop(0) is None
+                    return
+                fits = self._fits_budget(ref)
+                self._expect(answers.pop(0), fits)
+                _, until = self._pins.pop(ref.task)
+                self._pins |= {ref.task: (ref, until)} if fits else {}
+            case UnpinTask(task):
+                self._pins.pop(task, None)
+            case EvictPrefix(digest) | PrefixLoadFailed(PrefixRef(digest=digest)):
+                self._unpin({digest})
+
+    def _fits_budget(self, ref: PrefixRef) -> bool:
+        others = [pinned for task, (pinned, _) in self._pins.items() if task != ref.task]
+        lengths = {one.digest: one.num_virtual_tokens for one in [*others, ref]}
+        needed = sum(-(-length // self.scenario.block_size) for length in lengths.values())
+        return needed <= self.scenario.pin_budget * (self.scenario.num_blocks - 1)
+
+    def _expect(self, answer: object, fits: bool) -> None:
+        assert isinstance(answer, PinState)
+        assert (answer.refusal is None) == fits, "the pin budget was not kept"
+
+    def _unpin(self, digests: set[str]) -> None:
+        self._pins = {t: p for t, p in self._pins.items() if p[0].digest not in digests}
 
     def _check_aborted(self, message: AbortRequest) -> None:
         left = [

@@ -117,3 +117,20 @@ def test_a_record_is_never_overwritten(open_backend: OpenBackend) -> None:
     with pytest.raises(StoreFailed, match="did not write"):
         backend.append_record(LOG, 1, b"another")
     assert backend.read_logs() == {LOG: {1: b"one"}}
+
+
+def test_a_removed_blob_is_gone_but_not_for_who_has_it_open(open_backend: OpenBackend) -> None:
+    backend = open_backend()
+    digest = publish(backend, b"abcdef")
+    reader = backend.open_blob(digest)
+    backend.remove_blob(digest)
+    backend.remove_blob(digest)
+    assert backend.usage() == DiskUsage(0, 0)
+    assert (reader.num_bytes, reader.read(1, 3), reader.read(4, 99)) == (6, b"bcd", b"ef")
+    reader.close()
+    reader.close()
+    for call in (backend.read_blob, backend.open_blob):
+        with pytest.raises(PrefixUnavailable):
+            call(digest)
+    assert publish(backend, b"abcdef") == digest
+    assert backend.read_blob(digest) == b"abcdef"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import threading
 import time
@@ -15,9 +16,10 @@ from prefix_store.artifact import Prefix
 from prefix_store.errors import PrefixStoreError
 from prefix_store.spec import PrefixManifest
 from server.engine.admission import EngineLimits
-from server.engine.async_engine import AsyncEngine, RequestStream
+from server.engine.async_engine import AsyncEngine
 from server.engine.core import STEP_FAILED, EngineParts
 from server.engine.messages import RowOutcome, SchedulerOutput
+from server.engine.request_stream import RequestStream
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
 from server.errors import (
@@ -25,6 +27,7 @@ from server.errors import (
     EngineOverloaded,
     EngineStopped,
     InvalidParameter,
+    PinRefused,
     RequestError,
 )
 from server.kvcache.block_pool import BlockPool
@@ -431,7 +434,7 @@ def _die(inbox: object) -> None:
 
 def test_a_warmed_prefix_is_resident_before_its_first_request(tokenizer: Tokenizer) -> None:
     async def scenario(bench: Bench) -> None:
-        bench.engine.warm(ref("p"), pin=True)
+        bench.engine.warm(ref("p"))
         for _ in range(2000):
             if "sha256:p" in bench.prefixes:
                 break
@@ -477,5 +480,50 @@ def test_many_clients_that_come_and_go_leave_nothing_behind(tokenizer: Tokenizer
 def test_prompts_are_encoded_off_the_event_loop(tokenizer: Tokenizer) -> None:
     async def scenario(bench: Bench) -> None:
         assert await bench.engine.tokenize("the fox") == tokenizer.encode("the fox")
+
+    with_engine(tokenizer, scenario)
+
+
+def test_a_pin_is_answered_reported_and_refused_by_the_engine(tokenizer: Tokenizer) -> None:
+    async def scenario(bench: Bench) -> None:
+        engine = bench.engine
+        state = await engine.pin(ref("p"), 3600)
+        assert (state.refusal, state.num_pinned_blocks) == (None, 1)
+        with pytest.raises(PinRefused, match="pin_budget"):
+            await engine.pin(dataclasses.replace(ref("q"), num_virtual_tokens=10_000))
+        for _ in range(2000):
+            report = await engine.device_report()
+            if report.residents:
+                break
+            await asyncio.sleep(0.002)
+        [resident] = report.residents
+        assert (resident.ref.digest, resident.pinned) == ("sha256:p", True)
+        assert resident.pin_seconds_left is not None
+        assert 3590 < resident.pin_seconds_left <= 3600
+        assert await engine.follow_pin(dataclasses.replace(ref("other"), task="nobody")) is None
+        engine.unpin(ref("p").task)
+        engine.evict("sha256:p")
+        assert not (await engine.device_report()).residents
+        await bench.idle()
+
+    with_engine(tokenizer, scenario)
+
+
+def test_who_asks_a_stopped_engine_is_told_so(tokenizer: Tokenizer) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.runner.gate.clear()
+        stream = bench.engine.submit(request("r"))
+        await asyncio.sleep(0.02)
+        asked = asyncio.ensure_future(bench.engine.device_report())
+        await asyncio.sleep(0)
+        stopping = asyncio.ensure_future(bench.engine.stop())
+        await asyncio.sleep(0.02)
+        bench.runner.gate.set()
+        await stopping
+        with pytest.raises(EngineStopped):
+            await asked
+        with pytest.raises(EngineStopped):
+            await bench.engine.pin(ref("p"))
+        await stream.aclose()
 
     with_engine(tokenizer, scenario)

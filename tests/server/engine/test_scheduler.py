@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from server.engine.messages import (
     AbortRequest,
     AddRequest,
     EvictPrefix,
+    FollowPin,
     Message,
+    PinTask,
     PrefixFailed,
     PrefixReady,
+    ReportDevice,
     RowOutcome,
     SchedulerOutput,
     SequenceOutput,
+    UnpinTask,
     WarmPrefix,
 )
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.resident_prefixes import ResidentPrefixes
-from server.types import FinishReason, GenerationRequest, PrefixRef, PrefixTier, SamplingParams
+from server.types import (
+    DeviceReport,
+    FinishReason,
+    GenerationRequest,
+    PinState,
+    PrefixRef,
+    PrefixTier,
+    SamplingParams,
+)
 
 TOKEN, EOS = 5, 2
 
@@ -38,10 +51,11 @@ class Driver:
         block_size: int = 4,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 32,
+        pin_budget: float = 1.0,
     ) -> None:
         self.blocks = BlockPool(num_blocks, block_size)
         self.prefixes = ResidentPrefixes(self.blocks)
-        limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, frozenset({EOS}))
+        limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, frozenset({EOS}), pin_budget)
         self.scheduler = Scheduler(limits, self.blocks, self.prefixes)
         self.inbox: list[Message] = []
         self.ended: dict[str, SequenceOutput] = {}
@@ -298,7 +312,7 @@ def test_eos_and_stop_tokens_end_a_sequence_but_not_before_min_tokens() -> None:
 
 def test_a_request_that_pinned_prefixes_leave_no_room_for_is_refused_with_the_figures() -> None:
     driver = Driver(num_blocks=5)
-    driver.step(WarmPrefix(ref("pinned", 12), pin=True))
+    driver.step(PinTask(0, ref("pinned", 12)))
     driver.step(PrefixReady("sha256:pinned", PrefixTier.DISK))
     driver.add("r", prompt=8)
     driver.step()
@@ -311,7 +325,7 @@ def test_a_request_that_pinned_prefixes_leave_no_room_for_is_refused_with_the_fi
 
 def test_a_refusal_does_not_leave_those_behind_it_asleep() -> None:
     driver = Driver(num_blocks=5)
-    driver.step(WarmPrefix(ref("pinned", 12), pin=True))
+    driver.step(PinTask(0, ref("pinned", 12)))
     driver.step(PrefixReady("sha256:pinned", PrefixTier.DISK))
     driver.add("large", prompt=8)
     driver.add("small", prompt=1)
@@ -333,16 +347,78 @@ def test_prefixes_of_those_next_in_line_load_while_they_wait() -> None:
 
 def test_warming_again_without_a_pin_does_not_lift_the_pin_that_was_asked_for() -> None:
     driver = Driver()
-    driver.step(WarmPrefix(ref("a"), pin=True))
+    driver.step(PinTask(0, ref("a")))
     driver.step(WarmPrefix(ref("a")))
     driver.step(PrefixReady("sha256:a", PrefixTier.DISK))
 
     assert driver.prefixes.entries()[0].pinned
 
 
+def answer_to(driver: Driver, message: Message) -> object:
+    [answer] = driver.step(message).answers
+    return answer.value
+
+
+def test_a_pin_ends_with_its_time_and_is_prolonged_by_another() -> None:
+    driver = Driver(num_blocks=5)
+    driver.step(PinTask(0, ref("a", 8), ttl_seconds=5))
+    driver.step(PrefixReady("sha256:a", PrefixTier.DISK))
+    driver.step(PinTask(0, ref("a", 8), ttl_seconds=5))
+    driver.now = 6.9
+    driver.add("r", prompt=12, sampling=SamplingParams(max_tokens=1))
+    driver.step()
+    assert "sha256:a" in driver.prefixes
+    assert "2" in str(driver.ended["r"].error)
+    driver.now = 7.1
+    driver.add("s", prompt=12, sampling=SamplingParams(max_tokens=1))
+    driver.step()
+    assert driver.ended["s"].finish_reason is FinishReason.LENGTH
+    assert "sha256:a" not in driver.prefixes
+
+
+def test_pins_beyond_the_budget_are_refused_by_name_and_change_nothing() -> None:
+    driver = Driver(num_blocks=11, pin_budget=0.5)
+    assert answer_to(driver, PinTask(1, ref("a", 12))) == PinState(None, 3, 5)
+    refused = answer_to(driver, PinTask(2, ref("b", 12)))
+    assert refused == PinState(
+        "with task 'b' pinned prefixes would hold 6 of the pool's 10 KV blocks; the budget is 5 "
+        "(pin_budget)",
+        3,
+        5,
+    )
+    twin = replace(ref("twin"), digest="sha256:a", num_virtual_tokens=12)
+    assert answer_to(driver, PinTask(3, twin)) == PinState(None, 3, 5)
+    driver.step(UnpinTask("a"))
+    driver.step(PrefixReady("sha256:a", PrefixTier.DISK))
+    assert driver.prefixes.entries()[0].pinned
+    driver.step(UnpinTask("twin"), UnpinTask("nobody"))
+    assert not driver.prefixes.entries()[0].pinned
+    assert answer_to(driver, PinTask(4, ref("b", 12))) == PinState(None, 3, 5)
+
+
+def test_a_pin_follows_its_task_to_the_new_version_unless_that_is_too_large() -> None:
+    driver = Driver(num_blocks=11, pin_budget=0.5)
+    driver.step(PinTask(1, ref("a", 12), ttl_seconds=60))
+    driver.step(PrefixReady("sha256:a", PrefixTier.DISK))
+    second = replace(ref("a", 16), digest="sha256:second")
+    assert answer_to(driver, FollowPin(2, second)) == PinState(None, 4, 5)
+    driver.step(PrefixReady("sha256:second", PrefixTier.DISK))
+    report = answer_to(driver, ReportDevice(3))
+    assert isinstance(report, DeviceReport)
+    pins = {r.ref.digest: (r.pinned, r.pin_seconds_left) for r in report.residents}
+    assert pins == {"sha256:a": (False, None), "sha256:second": (True, 56.0)}
+    assert (report.num_blocks, report.num_blocks_used, report.num_pinned_blocks) == (10, 7, 4)
+    assert answer_to(driver, FollowPin(4, ref("nobody"))) is None
+    third = replace(ref("a", 40), digest="sha256:third")
+    given_up = answer_to(driver, FollowPin(5, third))
+    assert isinstance(given_up, PinState)
+    assert given_up.refusal is not None
+    assert (given_up.num_pinned_blocks, driver.prefixes.num_evictable_blocks) == (4, 7)
+
+
 def test_evicting_cancels_a_warming_under_way_and_its_answer_is_dropped() -> None:
     driver = Driver()
-    driver.step(WarmPrefix(ref("a"), pin=True))
+    driver.step(PinTask(0, ref("a")))
     driver.step(EvictPrefix("sha256:a"))
     driver.step(PrefixReady("sha256:a", PrefixTier.DISK))
 

@@ -15,10 +15,20 @@ from prefix_store.importers.recognition import Provenance
 from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
 from prefix_store.validation import Limits
-from server.errors import InvalidParameter
+from server.errors import InvalidParameter, PinRefused
 from server.http.app import Services, create_app
 from server.metrics import Metrics
-from server.types import FinishReason, GenerationRequest, PrefixTier, RequestOutput, RequestTimings
+from server.types import (
+    DeviceReport,
+    FinishReason,
+    GenerationRequest,
+    PinState,
+    PrefixRef,
+    PrefixTier,
+    RequestOutput,
+    RequestTimings,
+    Resident,
+)
 from tests.prefix_store.builders import TINY_BASE, make_artifact, random_kv
 
 ADMIN_KEY = "the-admin-key"
@@ -102,6 +112,9 @@ class FakeEngine:
     requests: list[GenerationRequest] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
+    warmed: list[str] = field(default_factory=list)
+    pins: dict[str, tuple[str, float | None]] = field(default_factory=dict)
+    pin_refusal: str | None = None
     has_no_chat_template: bool = False
 
     async def tokenize(self, prompt: str) -> tuple[int, ...]:
@@ -124,8 +137,30 @@ class FakeEngine:
         self.streams.append(FakeStream(self.script(request)))
         return self.streams[-1]
 
+    def warm(self, ref: PrefixRef) -> None:
+        self.warmed.append(ref.digest)
+
     def evict(self, digest: str) -> None:
         self.evicted.append(digest)
+
+    async def pin(self, ref: PrefixRef, ttl_seconds: float | None = None) -> PinState:
+        if self.pin_refusal is not None:
+            raise PinRefused(self.pin_refusal)
+        self.pins[ref.task] = (ref.digest, ttl_seconds)
+        return PinState(None, len(self.pins), 10)
+
+    async def follow_pin(self, ref: PrefixRef) -> str | None:
+        if ref.task in self.pins:
+            self.pins[ref.task] = (ref.digest, self.pins[ref.task][1])
+            return self.pin_refusal
+        return None
+
+    def unpin(self, task: str) -> None:
+        self.pins.pop(task, None)
+
+    async def device_report(self) -> DeviceReport:
+        ref = PrefixRef("poet", 2, "sha256:" + "e" * 64, 3, 3)
+        return DeviceReport(100, 7, 1, 50, (Resident(ref, 1, 2, True, 60.0),), 8)
 
     def status(self) -> FakeHealth:
         return self.health

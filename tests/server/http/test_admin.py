@@ -51,6 +51,7 @@ def test_a_first_upload_is_201_and_can_be_used_at_once(client: TestClient) -> No
         "num_virtual_tokens": 4,
         "description": "a test",
         "created": True,
+        "activated": True,
         "recognised": "native artifact, format version 1",
         "assumed": [],
         "unverified": [],

@@ -14,7 +14,10 @@ from tests.server.http.fakes import ADMIN, ADMIN_KEY, FakeEngine, make_app
 
 API_KEY = "the-api-key"
 PATHS = {
-    template: template.replace("{task}", "poet").replace("{model_id:path}", "a/b")
+    template: template.replace("{task}", "poet")
+    .replace("{version}", "v1")
+    .replace("{alias}", "live")
+    .replace("{model_id:path}", "a/b")
     for template in SCOPES
 }
 
