@@ -4,7 +4,8 @@
 loop, `render` runs in a worker thread (the client library locks each value). Nothing below imports it.
 
 Labels are bounded: a task gets series of its own while there are fewer than `max_tasks`, later ones share
-`_other`; requests without a prefix are `_base`. Names of unknown tasks never get here.
+`_other`; requests without a prefix are `_base`. Names of unknown tasks never get here, and a deleted
+task's late reports count as `_other`: they must not take its place back.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 NAMESPACE: Final = "prefixd"
 BASE_TASK: Final = "_base"
 OTHER_TASKS: Final = "_other"
+MAX_FORGOTTEN: Final = 4096
+"""Deleted tasks that are remembered: reports about them come until their last request has ended."""
 
 ENDPOINTS: Final = ("completions", "generate")
 OUTCOMES: Final = ("stop", "length", "cancelled", "error", "rejected")
@@ -58,6 +61,7 @@ class Metrics:
         self._host_evictions = 0
         self._render_lock = threading.Lock()
         self._tasks = {BASE_TASK, OTHER_TASKS}
+        self._forgotten: dict[str, None] = {}  # the least recently reported first
         self._resident: set[str] = set()
         self._declare_requests()
         self._declare_engine()
@@ -297,9 +301,16 @@ class Metrics:
         """A request without a key (`missing`), or with one that does not fit (`wrong`)."""
         self._auth.labels(reason).inc()
 
+    def welcome_task(self, task: str) -> None:
+        """A version of the task was stored: it may have series, also if it was deleted before."""
+        self._forgotten.pop(task, None)
+
     def forget_task(self, task: str) -> None:
         """Removes the series of a deleted task; its place goes to the next new one."""
-        if task not in self._tasks or task in (BASE_TASK, OTHER_TASKS):
+        if task in (BASE_TASK, OTHER_TASKS):
+            return
+        self._remember_forgotten(task)
+        if task not in self._tasks:
             return
         self._tasks.discard(task)
         labelled = [self._requests, self._duration, self._first_token, self._per_token]
@@ -355,10 +366,19 @@ class Metrics:
             return BASE_TASK
         if task in self._tasks:
             return task
+        if task in self._forgotten:
+            self._remember_forgotten(task)
+            return OTHER_TASKS
         if len(self._tasks) - 2 >= self._max_tasks:
             return OTHER_TASKS
         self._tasks.add(task)
         return task
+
+    def _remember_forgotten(self, task: str) -> None:
+        self._forgotten.pop(task, None)
+        self._forgotten[task] = None
+        if len(self._forgotten) > MAX_FORGOTTEN:
+            del self._forgotten[next(iter(self._forgotten))]
 
 
 def _phase(stats: StepStats) -> str:

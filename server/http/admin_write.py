@@ -78,6 +78,7 @@ async def stored(
     warnings = [*result.warnings]
     if result.activated:
         warnings += await follow_pin(services, result.version)
+    services.metrics.welcome_task(result.version.task)
     services.metrics.admin_operation("upload", "created" if result.created else "unchanged")
     answer = {
         "object": "task",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefix_store import StoreStats
+from server import metrics as metrics_module
 from server.metrics import BASE_TASK, OTHER_TASKS, Metrics
 from server.types import PrefixEvent, PrefixTier, RequestStats, RequestTimings, StepStats
 
@@ -163,6 +164,52 @@ def test_a_deleted_task_takes_its_series_along_and_frees_its_place() -> None:
     text = metrics.render()[0].decode()
     assert '"old"' not in text
     assert value(metrics, "prompt_tokens_total", task="new") == 10
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_deleted_tasks_late_reports_take_no_place(seen: bool) -> None:
+    """Its requests run on, and its prefix stays on the device until the last of them has ended."""
+    metrics = Metrics(max_tasks=1)
+    for number in range(50):
+        task = f"task-{number}"
+        if seen:
+            metrics.on_request(request(task))
+        metrics.forget_task(task)
+        metrics.on_step(step(resident_tasks=(task,)))
+        metrics.on_request(request(task))
+        metrics.rejected("queue_full", task, "generate")
+    metrics.on_step(step(resident_tasks=()))
+    metrics.on_request(request("new"))
+
+    assert '"task-' not in metrics.render()[0].decode()
+    assert value(metrics, "prompt_tokens_total", task="new") == 10
+    assert value(metrics, "prompt_tokens_total", task=OTHER_TASKS) == 500
+
+
+def test_a_task_that_is_stored_again_has_series_again() -> None:
+    metrics = Metrics(max_tasks=1)
+    for _ in range(3):
+        metrics.welcome_task("poet")
+        metrics.on_request(request("poet"))
+        metrics.on_step(step(resident_tasks=("poet",)))
+        assert value(metrics, "prompt_tokens_total", task="poet") == 10
+        assert value(metrics, "prefix_resident", task="poet") == 1
+        metrics.forget_task("poet")
+
+
+def test_forgotten_names_are_bounded_and_those_still_reported_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics_module, "MAX_FORGOTTEN", 3)
+    metrics = Metrics(max_tasks=1)
+    metrics.forget_task("resident")
+    for number in range(10):
+        metrics.forget_task(f"task-{number}")
+        metrics.on_step(step(resident_tasks=("resident",)))
+
+    assert value(metrics, "prefix_resident", task="resident") is None
+    metrics.on_request(request("task-0"))
+    assert value(metrics, "prompt_tokens_total", task="task-0") == 10
 
 
 @pytest.mark.parametrize("name", [BASE_TASK, OTHER_TASKS, "never-seen"])

@@ -321,3 +321,13 @@ def test_operations_are_counted(client: TestClient) -> None:
     ]:
         line = f'prefixd_admin_operations_total{{operation="{operation}",result="{result}"}} 1.0'
         assert line in text
+
+
+def test_a_task_that_is_deleted_and_stored_again_is_counted_by_name(client: TestClient) -> None:
+    client.delete(f"{TASKS}/poet", headers=ADMIN)
+    put(client, "poet", make_artifact(seed=9))
+    services = client.app.state.services  # type: ignore[attr-defined]
+    services.metrics.rejected("queue_full", "poet", "generate")
+
+    counted = 'prefixd_requests_total{endpoint="generate",outcome="rejected",task="poet"} 1.0'
+    assert counted in client.get("/metrics").text
