@@ -67,6 +67,7 @@ class Catalog:
         self._state: Mapping[str, TaskLog | BrokenLog] = {  # replaced, never changed
             name: _replay_or_broken(name, payloads) for name, payloads in log.read_logs().items()
         }
+        self._names: tuple[object, tuple[str, ...]] = (None, ())  # of which state, and its names
 
     def publish(
         self,
@@ -248,6 +249,16 @@ class Catalog:
         logs = [log for log in self._state.values() if isinstance(log, TaskLog) and log.versions]
         infos = [log.info(log.versions[0].task) for log in logs]
         return sorted(infos, key=lambda info: info.name)
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all tasks that have a live version, sorted; made once for each state."""
+        state = self._state
+        made_of, names = self._names
+        if made_of is not state:
+            logs = [log for log in state.values() if isinstance(log, TaskLog)]
+            names = tuple(sorted(log.live.task for log in logs if log.live))
+            self._names = (state, names)
+        return names
 
     def num_broken(self) -> int:
         """How many logs failed their checks. While there are any, no blob may be called unreferenced."""

@@ -7,7 +7,6 @@ read memory.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from prefix_store.errors import PrefixRejected, PrefixUnavailable, UnknownTask
 from prefix_store.host_cache import HostCache
 from prefix_store.retention import Retention
 from prefix_store.spec import BaseSpec, PrefixVersion, TaskInfo, digest_of, split_ref
+from prefix_store.suggestions import similar_names
 from prefix_store.upload import PutResult, Upload
 from prefix_store.validation import Limits, accept, max_artifact_bytes
 
@@ -228,8 +228,7 @@ class PrefixStore:
 
     def similar(self, name: str, limit: int = 5) -> list[str]:
         """Names of tasks that `name` may have been meant to be, the closest first."""
-        names = [info.name for info in self.tasks()]
-        return difflib.get_close_matches(name[:64], names, n=limit)
+        return similar_names(name, self._catalog.names(), limit)
 
     def load(self, digest: str) -> LoadedPrefix:
         """A prefix in the serving dtype, from host memory or else from disk. Blocks.
