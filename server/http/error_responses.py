@@ -38,6 +38,8 @@ def error_response(error: Exception, path: str, request_id: str) -> Response:
     kind = kind_of(error)
     message = message_of(error, request_id)
     headers = {} if kind.retry_after is None else {"retry-after": str(kind.retry_after)}
+    if kind.closes:
+        headers["connection"] = "close"
     if isinstance(error, NotAuthenticated):
         headers["www-authenticate"] = 'Bearer realm="prefixd"'
     if not path.startswith(_ADMIN):

@@ -39,12 +39,17 @@ class NoSuchRoute(ours.PrefixdError):
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """How an exception is told to a client. `retry_after`: seconds, for those worth repeating."""
+    """How an exception is told to a client. `retry_after`: seconds, for those worth repeating.
+
+    `closes`: the connection ends with the answer. The rest of the body may still be on its way, and would be
+    read and thrown away for as long as the client likes to send.
+    """
 
     status: int
     type: str
     code: str
     retry_after: int | None = None
+    closes: bool = False
 
 
 _CALLER: Final = "invalid_request_error"
@@ -66,8 +71,8 @@ ERROR_KINDS: Final[dict[type[Exception], ErrorKind]] = {
     ours.GenerationFailed: ErrorKind(500, _SERVER, "generation_failed"),
     MalformedBody: ErrorKind(400, _CALLER, "invalid_json"),
     UnsupportedMediaType: ErrorKind(415, _CALLER, "unsupported_media_type"),
-    BodyTooLarge: ErrorKind(413, _CALLER, "body_too_large"),
-    BodyTooSlow: ErrorKind(408, _CALLER, "body_too_slow"),
+    BodyTooLarge: ErrorKind(413, _CALLER, "body_too_large", closes=True),
+    BodyTooSlow: ErrorKind(408, _CALLER, "body_too_slow", closes=True),
     NotAuthenticated: ErrorKind(401, "authentication_error", "invalid_api_key"),
     NoSuchRoute: ErrorKind(404, _CALLER, "no_such_route"),
     store.PrefixStoreError: INTERNAL,
@@ -78,7 +83,7 @@ ERROR_KINDS: Final[dict[type[Exception], ErrorKind]] = {
     store.AmbiguousFormat: ErrorKind(422, _CALLER, "ambiguous_format"),
     store.RebaseRefused: ErrorKind(422, _CALLER, "rebase_refused"),
     store.DigestMismatch: ErrorKind(400, _CALLER, "digest_mismatch"),
-    store.ArtifactTooLarge: ErrorKind(413, _CALLER, "artifact_too_large"),
+    store.ArtifactTooLarge: ErrorKind(413, _CALLER, "artifact_too_large", closes=True),
     store.InvalidTaskName: ErrorKind(400, _CALLER, "invalid_task_name"),
     store.UnknownTask: ErrorKind(404, _CALLER, "unknown_task"),
     store.UnknownVersion: ErrorKind(404, _CALLER, "unknown_version"),

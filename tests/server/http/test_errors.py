@@ -12,9 +12,17 @@ from starlette.testclient import TestClient
 import prefix_store.errors
 import server.errors
 import server.http.errors
-from prefix_store.errors import PrefixUnavailable
+from prefix_store.errors import ArtifactTooLarge, PrefixUnavailable
 from server.errors import EngineOverloaded, EngineStopped, GenerationFailed
-from server.http.errors import ERROR_KINDS, INTERNAL, kind_of, message_of
+from server.http.error_responses import error_response
+from server.http.errors import (
+    ERROR_KINDS,
+    INTERNAL,
+    BodyTooLarge,
+    BodyTooSlow,
+    kind_of,
+    message_of,
+)
 from tests.server.http.fakes import FakeEngine, make_app
 
 
@@ -44,6 +52,15 @@ def test_a_code_means_one_thing() -> None:
 def test_only_what_is_worth_repeating_says_when() -> None:
     for kind in ERROR_KINDS.values():
         assert (kind.retry_after is not None) == (kind.status == 503), kind
+
+
+def test_an_answer_that_leaves_a_body_unread_closes_the_connection() -> None:
+    for error in (BodyTooSlow("slow"), BodyTooLarge("long"), ArtifactTooLarge("long")):
+        for path in ("/generate", "/admin/v1/tasks/x"):
+            assert error_response(error, path, "id").headers["connection"] == "close"
+    assert "connection" not in error_response(EngineOverloaded(), "/generate", "id").headers
+    for kind in ERROR_KINDS.values():
+        assert kind.closes == (kind.status in (408, 413)), kind
 
 
 def test_a_class_without_an_entry_has_its_parents() -> None:
