@@ -42,7 +42,8 @@ class FilesystemBackend:
 
     def __init__(self, root: Path) -> None:
         self._tmp, self._blobs, self._logs = root / "tmp", root / "blobs", root / "log"
-        self._commit_lock = threading.Lock()  # one link-and-sync at a time; guards what follows
+        self._commit_lock = threading.Lock()  # one link-and-sync at a time; taken before the next
+        self._sizes_lock = threading.Lock()  # never held across a file operation
         self._blob_sizes: dict[str, int] = {}  # digest -> bytes
         with files.translated_errors():
             _make_root(root)
@@ -54,10 +55,11 @@ class FilesystemBackend:
                 raise
 
     def close(self) -> None:
-        """Release the directory."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)  # and with it the flock
-            self._lock_fd = -1
+        """Release the directory, once a commit that is under way has ended."""
+        with self._commit_lock:
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)  # and with it the flock
+                self._lock_fd = -1
 
     def stage(self) -> FileStagedBlob:
         """A new empty staging, as a file in tmp/. Raises `StoreFull` or `StoreFailed`."""
@@ -70,12 +72,14 @@ class FilesystemBackend:
         """Give a synced file in tmp/ its final name; for `FileStagedBlob`."""
         target = self._blob_path(digest)
         with self._commit_lock:
+            self._require_open()
             files.make_dir(target.parent)
             try:
                 files.link_new(source, target)
             except FileExistsError:
                 self._confirm_blob(source, target, digest)
-            self._blob_sizes[digest] = num_bytes
+            with self._sizes_lock:
+                self._blob_sizes[digest] = num_bytes
 
     def read_blob(self, digest: str) -> bytearray:
         """A blob in memory; not verified. Raises `PrefixUnavailable`."""
@@ -107,19 +111,20 @@ class FilesystemBackend:
         with self._commit_lock:
             for digest in self._blob_sizes.keys() - keep:
                 files.remove(self._blob_path(digest))
-                del self._blob_sizes[digest]
+                with self._sizes_lock:
+                    del self._blob_sizes[digest]
 
     def usage(self) -> DiskUsage:
-        """What the blobs take now."""
-        with self._commit_lock:
+        """What the blobs take now; does not wait for a commit, which may take as long as the disk does."""
+        with self._sizes_lock:
             return DiskUsage(sum(self._blob_sizes.values()), len(self._blob_sizes))
 
     def append_record(self, log: str, index: int, payload: bytes) -> None:
         """Make a new record durable. Raises `StoreFull`, or `StoreFailed` also if it exists."""
         assert _LOG_NAME.fullmatch(log), "a log's name becomes a path"
-        self._require_open()
         target = self._logs / log / f"{index:020d}.json"
         with files.translated_errors(), self._commit_lock:
+            self._require_open()
             source = self._write_synced(payload)
             try:
                 files.make_dir(target.parent)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,58 @@ def test_a_closed_backend_writes_nothing_any_more(tmp_path: Path) -> None:
         backend.stage()
     with pytest.raises(StoreFailed, match="closed"):
         backend.append_record(LOG, 1, b"one")
+
+
+def test_a_blob_that_was_staged_before_the_closing_is_not_published(tmp_path: Path) -> None:
+    backend = FilesystemBackend(tmp_path)
+    staged = backend.stage()
+    staged.write(b"abc")
+    backend.close()
+    with pytest.raises(StoreFailed, match="closed"):
+        staged.publish()
+    staged.discard()
+    assert files_under(tmp_path) == ["lock"]
+
+
+@pytest.mark.parametrize("operation", ["publish", "append"])
+def test_closing_waits_for_a_commit_and_the_usage_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Otherwise the commit would end in a directory that another process owns by then."""
+    backend = FilesystemBackend(tmp_path)
+    syncing, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    link_new = durable_files.link_new
+
+    def slow(source: Path, target: Path) -> None:
+        syncing.set()
+        assert go_on.wait(10)
+        link_new(source, target)
+
+    def commit() -> None:
+        if operation == "publish":
+            publish(backend, b"abc")
+        else:
+            backend.append_record(LOG, 1, b"one")
+
+    def close() -> None:
+        backend.close()
+        closed.set()
+
+    monkeypatch.setattr(durable_files, "link_new", slow)
+    with ThreadPoolExecutor(3) as pool:
+        committing = pool.submit(commit)
+        assert syncing.wait(10)
+        closing = pool.submit(close)
+        usage = pool.submit(backend.usage).result(5)
+        early = closed.wait(0.05)
+        go_on.set()
+        committing.result(10)
+        closing.result(10)
+
+    assert usage == DiskUsage(0, 0)
+    assert not early
+    with pytest.raises(StoreFailed, match="closed"):
+        backend.append_record(LOG, 2, b"two")
 
 
 def test_opening_sweeps_leftovers_and_ignores_foreign_files(tmp_path: Path) -> None:
