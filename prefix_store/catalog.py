@@ -1,14 +1,15 @@
 """Which versions each task has: the append-only logs, held in memory and advanced record by record.
 
 Versions count up for ever, also across a delete, so `task@v3` never means two things; the aliases `live` and
-`canary` move between them, each move a record. A log that fails its
-checks makes that task unavailable. Thread-safe: writers take turns under one lock, which they hold while
+`canary` move between them, each move a record. A log that fails its checks makes that task unavailable, and is
+logged. Thread-safe: writers take turns under one lock, which they hold while
 the record is made durable; readers take no lock and see one immutable state of the whole catalog. Called by
 `store`. Knows nothing of torch or files.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ from prefix_store.records import (
 )
 from prefix_store.spec import Canary, PrefixManifest, PrefixVersion, TaskInfo, check_task_name
 from prefix_store.task_log import BrokenLog, TaskLog, replay
+
+logger = logging.getLogger(__name__)
 
 _BY_NUMBER: Final = re.compile(r"v([1-9][0-9]{0,8})")
 _BY_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{12,64}")
@@ -303,6 +306,11 @@ def _replay_or_broken(name: str, payloads: Mapping[int, bytes]) -> TaskLog | Bro
     try:
         return replay(name, payloads)
     except BrokenLog as broken:
+        logger.warning(
+            "version log %s is damaged, its task is unavailable until it is restored: %s",
+            name,
+            broken,
+        )
         return broken
 
 

@@ -102,6 +102,11 @@ class PrefixStore:
         """Uploads longer than this are refused before they are read."""
         return max_artifact_bytes(self._base, self._limits.max_num_virtual_tokens)
 
+    @property
+    def num_broken_tasks(self) -> int:
+        """Tasks that are unavailable because their version logs are damaged."""
+        return self._catalog.num_broken()
+
     def begin_upload(self) -> Upload:
         """A new upload. Raises `StoreFull` or `StoreFailed`."""
         return Upload(

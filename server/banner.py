@@ -49,12 +49,15 @@ def _mebibytes(num_bytes: int) -> str:
 
 
 def _tasks(live: Sequence[PrefixVersion], serving: ServingEngine) -> str:
+    broken = serving.store.num_broken_tasks
+    damage = f"; {broken} with a damaged version log" if broken else ""
     if not live:
-        return "none yet; upload one: prefixd tasks push FILE --task NAME"
+        return f"none yet; upload one: prefixd tasks push FILE --task NAME{damage}"
     names = ", ".join(v.task for v in live[:6]) + (", ..." if len(live) > 6 else "")
     ours = (None, serving.base.fingerprint)
     foreign = sum(v.manifest.base_model.fingerprint not in ours for v in live)
-    return f"{len(live)} ({names})" + (f"; {foreign} made for another base" if foreign else "")
+    other_base = f"; {foreign} made for another base" if foreign else ""
+    return f"{len(live)} ({names}){other_base}{damage}"
 
 
 def _residency(live: Sequence[PrefixVersion], serving: ServingEngine) -> str:

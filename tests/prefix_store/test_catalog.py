@@ -431,11 +431,12 @@ DAMAGE: dict[str, Callable[[dict[int, bytes]], object]] = {
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_log_makes_its_task_unavailable_and_no_other(
-    change: Callable[[dict[int, bytes]], object],
+    change: Callable[[dict[int, bytes]], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = damaged(change)
     before = backend.read_logs()
     catalog = Catalog(backend)
+    assert [record.args and record.args[0] for record in caplog.records] == [LOG]  # type: ignore[index]
     assert catalog.num_broken() == 1
     assert [info.name for info in catalog.tasks()] == ["other"]
     for call in (
