@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 from cyclopts import Parameter
 
+from prefix_store.errors import InvalidTaskName
+from prefix_store.spec import check_task_name
 from server.config import environment
 from server.errors import PrefixdError
 
@@ -30,6 +32,14 @@ AdminKey: TypeAlias = Annotated[
 
 class CommandFailed(PrefixdError):
     """The server refused, or could not be reached; the message is for the terminal."""
+
+
+def task_path(task: str, rest: str = "") -> str:
+    """The path of a task. In a URL, a name that is none could name another task. Raises `CommandFailed`."""
+    try:
+        return f"/tasks/{check_task_name(task)}{rest}"
+    except InvalidTaskName as error:
+        raise CommandFailed(str(error)) from None
 
 
 def call(

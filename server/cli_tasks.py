@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, TypeAlias
 
 from cyclopts import App, Parameter
 
-from server.cli_client import AdminKey, CommandFailed, Url, call
+from server.cli_client import AdminKey, CommandFailed, Url, call, task_path
 from server.cli_transfer import pull, push
 
 _PAGE: Final = 1000
@@ -44,7 +44,7 @@ def list_tasks(*, url: Url = None, admin_key: AdminKey = None) -> str:
 @tasks_app.command
 def show(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Show a task's versions, newest first."""
-    return _table(call("GET", f"/tasks/{task}", url, admin_key).json()["versions"])
+    return _table(call("GET", task_path(task), url, admin_key).json()["versions"])
 
 
 @tasks_app.command
@@ -57,7 +57,7 @@ def promote(task: str, version: VersionName, *, url: Url = None, admin_key: Admi
 @tasks_app.command
 def rollback(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Make the version live that was so before."""
-    return _moved(call("POST", f"/tasks/{task}/rollback", url, admin_key).json(), "live again")
+    return _moved(call("POST", task_path(task, "/rollback"), url, admin_key).json(), "live again")
 
 
 @tasks_app.command
@@ -74,7 +74,7 @@ def canary(
     if end == (version is not None):
         raise CommandFailed("name the version to try, or pass --end")
     if version is None:
-        call("DELETE", f"/tasks/{task}/aliases/canary", url, admin_key)
+        call("DELETE", task_path(task, "/aliases/canary"), url, admin_key)
         return f"{task} has no canary"
     body = {"version": _number(version), "weight": weight}
     return _moved(_move(task, "canary", body, url, admin_key), f"canary with {weight:.1%}")
@@ -90,7 +90,7 @@ def pin(
 ) -> str:
     """Keep a task's live version on the device."""
     body = {"ttl_seconds": ttl}
-    answer = call("POST", f"/tasks/{task}/pin", url, admin_key, json=body).json()
+    answer = call("POST", task_path(task, "/pin"), url, admin_key, json=body).json()
     until = "until it is unpinned" if ttl is None else f"for {ttl:g} s"
     used, budget = answer["pinned_blocks"], answer["pin_budget_blocks"]
     return _moved(answer, f"pinned {until}; {used} of {budget} blocks of the pin budget")
@@ -99,7 +99,7 @@ def pin(
 @tasks_app.command
 def unpin(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Let the cache decide about a task again."""
-    call("POST", f"/tasks/{task}/unpin", url, admin_key)
+    call("POST", task_path(task, "/unpin"), url, admin_key)
     return f"{task} unpinned"
 
 
@@ -113,28 +113,28 @@ def warm(
 ) -> str:
     """Load a version onto the device before it is asked for."""
     body = {"version": None if version is None else _number(version)}
-    answer = call("POST", f"/tasks/{task}/warm", url, admin_key, json=body).json()
+    answer = call("POST", task_path(task, "/warm"), url, admin_key, json=body).json()
     return _moved(answer, "on its way to the device")
 
 
 @tasks_app.command
 def evict(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Free a task on the device, once no request reads it, and in host memory."""
-    answer = call("POST", f"/tasks/{task}/evict", url, admin_key).json()
+    answer = call("POST", task_path(task, "/evict"), url, admin_key).json()
     return f"{task} evicted, {len(answer['digests'])} versions"
 
 
 @tasks_app.command(name="rm")
 def remove(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Remove a task with all its versions."""
-    call("DELETE", f"/tasks/{task}", url, admin_key)
+    call("DELETE", task_path(task), url, admin_key)
     return f"{task} removed"
 
 
 def _move(
     task: str, alias: str, body: dict[str, Any], url: str | None, admin_key: str | None
 ) -> dict[str, Any]:
-    path = f"/tasks/{task}/aliases/{alias}"
+    path = task_path(task, f"/aliases/{alias}")
     answer: dict[str, Any] = call("PUT", path, url, admin_key, json=body).json()
     return answer
 

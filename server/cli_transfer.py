@@ -17,7 +17,7 @@ from typing import IO, Annotated, Any, Final
 
 from cyclopts import Parameter
 
-from server.cli_client import AdminKey, CommandFailed, Url, call, stream
+from server.cli_client import AdminKey, CommandFailed, Url, call, stream, task_path
 
 _PIECE: Final = 2**18
 Advance = Callable[[int], None]
@@ -37,7 +37,7 @@ def push(
         with file.open("rb") as body, _progress(f"push {file.name}", num_bytes) as advance:
             answer = call(
                 "PUT",
-                f"/tasks/{task or file.stem}" + ("" if activate else "?activate=false"),
+                task_path(task or file.stem, "" if activate else "?activate=false"),
                 url,
                 admin_key,
                 content=_pieces(body, advance),
@@ -63,10 +63,10 @@ def pull(
 ) -> str:
     """Download TASK, TASK@v3, TASK@canary or TASK@sha256:... as a file that is verified."""
     task, _, selector = ref.partition("@")
-    path = f"/tasks/{task}/versions/{selector or 'live'}"
+    path = task_path(task, f"/versions/{selector or 'live'}")
     version = call("GET", path, url, admin_key).json()
     # By digest: an alias may move between the two requests.
-    content = f"/tasks/{task}/versions/{version['digest']}/content"
+    content = task_path(task, f"/versions/{version['digest']}/content")
     target = output or Path(f"{task}-v{version['version']}.safetensors")
     part = target.with_name(target.name + ".part")
     try:

@@ -16,6 +16,7 @@ from server.http.admin_write import MAX_PROVING
 from server.http.gate import Gate
 from server.http.routes import OPENAPI_PATH, ROUTES, Route
 from server.http.services import Lifecycle, Services
+from server.http.tokenizing import TokenizerQueue
 
 __all__ = ["Services", "create_app"]
 
@@ -39,6 +40,7 @@ def create_app(
     app.state.services = services
     app.state.lifecycle = lifecycle
     app.state.proving_slots = asyncio.Semaphore(MAX_PROVING)
+    app.state.tokenizer_queue = TokenizerQueue()
     for route in ROUTES:
         _register(app, route)
     error_responses.install(app)

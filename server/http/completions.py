@@ -35,7 +35,7 @@ async def create_completion(request: Request) -> Response:
     target = find_target(services, body.model, "model", key)
     request_id = request_id_of(request)
     start = Start(request_id, "completions", target, body, body.prompts())
-    generation = await start_generation(services, start)
+    generation = await start_generation(request, start)
     answer = CompletionAnswer.to(body, target, services, request_id)
     if body.stream:
         events = answer.events(generation, body.stream_options or StreamOptions())

@@ -32,7 +32,7 @@ async def generate(request: Request) -> Response:
     target = find_target(services, body.task, "task", key)
     request_id = request_id_of(request)
     start = Start(request_id, "generate", target, body, [_prompt(body)])
-    generation = await start_generation(services, start)
+    generation = await start_generation(request, start)
     with_ids = bool(body.return_token_ids)
     if body.stream:
         events = _events(request_id, generation, with_ids)

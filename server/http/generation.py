@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from prefix_store.errors import PrefixUnavailable, UnknownTask
 from server.errors import (
@@ -22,9 +23,11 @@ from server.errors import (
     GenerationFailed,
     ModelNotFound,
 )
+from server.http.disconnect import unless_gone
 from server.http.schemas import SamplingFields
-from server.http.services import OutputStream, Services
+from server.http.services import Engine, OutputStream, Services, services_of
 from server.http.targets import Target, sampling_params
+from server.http.tokenizing import tokenized, tokenizer_queue_of
 from server.types import FinishReason, GenerationRequest, PrefixTier, RequestOutput, RequestTimings
 
 _REJECTIONS: Final[dict[type[Exception], str]] = {
@@ -164,19 +167,25 @@ class Start:
     prompts: Sequence[str | tuple[int, ...]]
 
 
-async def start_generation(services: Services, start: Start) -> Generation:
-    """Submits every prompt, or none. Raises what `sampling_params` and `Engine.submit` raise.
+async def start_generation(request: Request, start: Start) -> Generation:
+    """Submits every prompt, or none. Raises what `sampling_params` and `Engine.submit` raise;
+    `ClientDisconnect` if the client leaves first, `EngineOverloaded` if too much is before it.
 
     The prefix's bytes are held from now until the generation is closed: a deleted task's last requests
     finish with the version that they began with. No `await` may come between finding the target and this.
     """
+    services = services_of(request)
     if start.target.version is not None:
         try:
             services.store.hold(start.target.version)
         except UnknownTask as error:
             raise ModelNotFound(str(error)) from None
     try:
-        return await _start(services, start)
+        with _counted_rejections(services, start):
+            with tokenizer_queue_of(request).room_for(start.prompts):
+                encoded = tokenized(services.engine, start.prompts)
+                prompts = await unless_gone(request.receive, encoded)
+            return await _start(services, start, prompts)
     except BaseException:
         await let_go(services, start.target)
         raise
@@ -196,11 +205,9 @@ async def free(services: Services, digests: Sequence[str]) -> None:
             services.engine.evict(digest)
 
 
-async def _start(services: Services, start: Start) -> Generation:
-    prompts = [
-        await services.engine.tokenize(prompt) if isinstance(prompt, str) else prompt
-        for prompt in start.prompts
-    ]
+async def _start(
+    services: Services, start: Start, prompts: Sequence[tuple[int, ...]]
+) -> Generation:
     longest = max(len(prompt) for prompt in prompts)
     room = services.engine.max_model_len - start.target.num_virtual_tokens - longest
     params = sampling_params(start.fields, start.target, room)
@@ -215,23 +222,29 @@ async def _start(services: Services, start: Start) -> Generation:
         )
         for number, prompt in enumerate(prompts)
     ]
-    streams = await _submit_all(services, requests)
+    streams = await _submit_all(services.engine, requests)
     return Generation(start, services, streams, params.n, sum(map(len, prompts)))
 
 
-async def _submit_all(
-    services: Services, requests: Sequence[GenerationRequest]
-) -> list[OutputStream]:
+async def _submit_all(engine: Engine, requests: Sequence[GenerationRequest]) -> list[OutputStream]:
     streams: list[OutputStream] = []
     try:
         for request in requests:
-            streams.append(services.engine.submit(request))  # noqa: PERF401 - a refusal needs those so far
-    except Exception as error:
+            streams.append(engine.submit(request))  # noqa: PERF401 - a refusal needs those so far
+    except Exception:
         for stream in streams:
             await stream.aclose()
-        reason = _REJECTIONS.get(type(error))
-        if reason is not None:
-            task = requests[0].prefix.task if requests[0].prefix else ""
-            services.metrics.rejected(reason, task, requests[0].endpoint)
         raise
     return streams
+
+
+@contextlib.contextmanager
+def _counted_rejections(services: Services, start: Start) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = _REJECTIONS.get(type(error))
+        if reason is not None:
+            task = start.target.version.task if start.target.version else ""
+            services.metrics.rejected(reason, task, start.endpoint)
+        raise

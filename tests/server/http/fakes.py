@@ -116,8 +116,16 @@ class FakeEngine:
     pins: dict[str, tuple[str, float | None]] = field(default_factory=dict)
     pin_refusal: str | None = None
     has_no_chat_template: bool = False
+    tokenizer_hangs: bool = False
+    num_tokenizing: int = 0
 
     async def tokenize(self, prompt: str) -> tuple[int, ...]:
+        if self.tokenizer_hangs:
+            self.num_tokenizing += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.num_tokenizing -= 1
         return tuple(1 + ord(char) % 90 for char in prompt)
 
     async def tokenize_chat(

@@ -90,6 +90,26 @@ def test_leaving_before_the_first_token_closes_the_request(streaming: bool) -> N
     assert engine.streams[0].closed
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_leaving_while_the_prompt_is_tokenized_ends_the_request(streaming: bool) -> None:
+    engine = FakeEngine(tokenizer_hangs=True)
+
+    async def run() -> list[Message]:
+        gone, sent = asyncio.Event(), []
+
+        async def on_send(message: Message) -> None:
+            sent.append(message)
+
+        asyncio.get_running_loop().call_later(0.05, gone.set)
+        await converse(engine, streaming, gone, on_send)
+        return sent
+
+    sent = asyncio.run(run())
+
+    assert sent[0]["status"] == 499
+    assert (engine.num_tokenizing, engine.requests) == (0, [])
+
+
 def test_leaving_while_an_answer_is_collected_closes_the_request() -> None:
     engine = FakeEngine()
     never_ending(engine, "a", "b")
