@@ -23,7 +23,7 @@ def tasks_row(*damaged: str) -> str:
     store = PrefixStore(backend, TINY_BASE, limits, host_cache_bytes=0)
     assert store.num_broken_tasks == len(damaged)
     serving: Any = SimpleNamespace(store=store, base=TINY_BASE)
-    return banner._tasks([info.live for info in store.tasks()], serving)
+    return banner._tasks([info.live for info in store.tasks() if info.live], serving)
 
 
 def test_damaged_version_logs_are_told_beside_the_tasks() -> None:
