@@ -163,7 +163,7 @@ class Metrics:
             "prefix_cache_evictions", "Prefixes that had to make room", "tier"
         )
         self._load_time = self._histogram(
-            "prefix_load_duration_seconds", "Bringing a prefix to the device", _LOAD, "source"
+            "prefix_load_duration_seconds", "Bringing a prefix to host memory", _LOAD, "source"
         )
         self._load_failures = counter("prefix_load_failures", "Prefixes that could not be loaded")
         self._resident_gauge = gauge("prefix_resident", "1 for each task on the device", "task")
