@@ -7,8 +7,9 @@ scheduler never sees one. A call should be short: every running request waits fo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,9 +32,11 @@ class EngineCall:
         try:
             result = self.function()
         except Exception as error:  # noqa: BLE001 - handed on to whoever waits
-            self.future.set_exception(error)
+            with contextlib.suppress(InvalidStateError):  # `fail` has let the caller go meanwhile
+                self.future.set_exception(error)
         else:
-            self.future.set_result(result)
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_result(result)
 
 
 class EngineCalls:

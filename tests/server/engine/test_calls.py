@@ -80,3 +80,19 @@ def test_a_call_whose_caller_has_gone_does_not_run() -> None:
         assert ran == []
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_a_call_that_is_let_go_while_it_runs_does_not_harm_the_engine_thread(
+    succeeds: bool,
+) -> None:
+    def function() -> None:
+        call.future.set_exception(EngineStopped("the drain is over"))
+        if not succeeds:
+            raise ValueError("and then this")
+
+    call = EngineCall(function)
+    call.perform()
+
+    with pytest.raises(EngineStopped):
+        call.future.result()
