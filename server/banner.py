@@ -23,12 +23,12 @@ def start_up_summary(application: Application, url: str) -> str:
     rows = [
         (
             "model",
-            f"{model.model_id} ({model.model_type}), weights {_mebibytes(model.weight_bytes)}",
+            f"{model.model_id} ({model.model_type}), weights {_megabytes(model.weight_bytes)}",
         ),
         ("device", f"{model.device}, {model.layout.dtype}"),
         (
             "KV blocks",
-            f"{pool.usable_blocks} of {pool.block_size} tokens, {_mebibytes(pool.pool_bytes)} -> fits "
+            f"{pool.usable_blocks} of {pool.block_size} tokens, {_megabytes(pool.pool_bytes)} -> fits "
             f"{pool.num_full_requests()} requests of {pool.max_model_len} tokens",
         ),
         ("tasks", _tasks(live, serving)),
@@ -44,8 +44,8 @@ def start_up_summary(application: Application, url: str) -> str:
     return "\n".join([f"prefixd {__version__}", *lines, "", "Try:", first_request(serving, url)])
 
 
-def _mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MB"
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
 
 
 def _tasks(live: Sequence[PrefixVersion], serving: ServingEngine) -> str:
@@ -65,7 +65,8 @@ def _residency(live: Sequence[PrefixVersion], serving: ServingEngine) -> str:
     resident = len(live) if serving.is_demo else len(serving.config.pin)
     blocks = [-(-v.manifest.num_virtual_tokens // serving.pool.block_size) for v in live]
     room = serving.pool.usable_blocks * len(blocks) // sum(blocks) if blocks else 0
-    return f"{resident} resident at start, the rest on first use" + (
+    others = ", the rest on first use" if resident < len(live) else ""
+    return f"{resident} resident at start{others}" + (
         f"; the KV blocks could hold about {room} of their size" if blocks else ""
     )
 

@@ -166,6 +166,12 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     source = demo.MODEL_DIR if config.model is None else Path(config.model).expanduser()
+    if (
+        config.model is not None
+        and config.model.startswith(("/", ".", "~"))
+        and not source.is_dir()
+    ):
+        raise ConfigError(f"--model {config.model}: there is no such folder")
     source_id: str | Path = source if source.is_dir() else str(config.model)
     model = load_model(
         source_id,

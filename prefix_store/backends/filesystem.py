@@ -294,5 +294,7 @@ def _lock(path: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
-        raise StoreLocked("another process has this prefix store open") from error
+        raise StoreLocked(
+            "another process has this prefix store open; ask that server, stop it, or use another store (--store)"
+        ) from error
     return fd
