@@ -20,7 +20,7 @@ from benchmarks.contest import Call
 from benchmarks.workload import Request, TaskPrefix
 from prefix_store.artifact import encode
 from prefix_store.spec import BaseModelRef, PrefixManifest
-from server.bootstrap import build_engine, prefix_ref
+from server.bootstrap import build_engine
 from server.config import ServeConfig
 from server.engine.request_stream import RequestStream
 from server.types import (
@@ -29,6 +29,7 @@ from server.types import (
     RequestStats,
     SamplingParams,
     StepStats,
+    prefix_ref,
 )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 import demo
-from prefix_store import PrefixStore, PrefixVersion
+from prefix_store import PrefixStore
 from prefix_store.errors import PrefixStoreError, UnknownTask
 from prefix_store.spec import BaseSpec
 from server import __version__
@@ -41,7 +41,7 @@ from server.model.device import available_bytes, pick_device
 from server.model.loader import LoadedModel, load_model
 from server.model.runner import ModelRunner
 from server.model.self_check import self_check
-from server.types import PrefixRef
+from server.types import prefix_ref
 
 if TYPE_CHECKING:  # the offline commands need no web framework
     from fastapi import FastAPI
@@ -95,17 +95,6 @@ class Application:
     metrics: Metrics
     app: FastAPI
     start_seconds: float
-
-
-def prefix_ref(version: PrefixVersion) -> PrefixRef:
-    """What the engine needs of a stored version."""
-    return PrefixRef(
-        task=version.task,
-        version=version.version,
-        digest=version.digest,
-        num_virtual_tokens=version.manifest.num_virtual_tokens,
-        first_position=version.manifest.first_position,
-    )
 
 
 def build(config: ServeConfig) -> Application:
@@ -256,7 +245,7 @@ def _wire(
             max_num_queued=config.max_num_queued,
         ),
         observer,
-        seeds=random.SystemRandom() if config.seed is None else random.Random(config.seed),  # noqa: S311
+        seeds=random.SystemRandom() if config.seed is None else random.Random(config.seed),  # noqa: S311 - sampling, no secret
     )
 
 

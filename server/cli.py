@@ -281,8 +281,7 @@ async def _generate(
     max_tokens: int | None,
     temperature: float | None,
 ) -> None:
-    from server.bootstrap import prefix_ref
-    from server.types import GenerationRequest
+    from server.types import GenerationRequest, prefix_ref
 
     found = serving.store.resolve(task) if task else None
     await serving.start()

@@ -21,7 +21,7 @@ class TomlFile(PydanticBaseSettingsSource):
         known = [name for name in settings_cls.model_fields if name != "config"]
         self._values = {} if path is None else read_toml(Path(path), known)
 
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - pydantic's signature
         return self._values.get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:

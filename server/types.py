@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from prefix_store.spec import PrefixVersion
 from server.errors import InvalidParameter
 
 MAX_STOP_STRINGS: Final = 4
@@ -111,6 +112,17 @@ class PrefixRef:
     digest: str
     num_virtual_tokens: int
     first_position: int
+
+
+def prefix_ref(version: PrefixVersion) -> PrefixRef:
+    """A stored version as the engine names it."""
+    return PrefixRef(
+        task=version.task,
+        version=version.version,
+        digest=version.digest,
+        num_virtual_tokens=version.manifest.num_virtual_tokens,
+        first_position=version.manifest.first_position,
+    )
 
 
 @dataclass(frozen=True, slots=True)

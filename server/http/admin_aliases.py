@@ -22,7 +22,7 @@ from server.http.json_text import json_response
 from server.http.preconditions import if_match, if_none_match
 from server.http.schemas import AliasRequest
 from server.http.services import Services, services_of
-from server.http.targets import prefix_ref
+from server.types import prefix_ref
 
 
 async def get_alias(request: Request, task: str, alias: str) -> Response:

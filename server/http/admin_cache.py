@@ -17,8 +17,7 @@ from server.http.json_body import read_object, validated
 from server.http.json_text import json_response
 from server.http.schemas import PinRequest, WarmRequest
 from server.http.services import Services, services_of
-from server.http.targets import prefix_ref
-from server.types import DeviceReport
+from server.types import DeviceReport, prefix_ref
 
 
 async def pin_task(request: Request, task: str) -> Response:

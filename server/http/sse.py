@@ -57,7 +57,7 @@ class EventStream(Response):
         self._close = close
         self._request_id = request_id
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         try:
             await unless_gone(receive, self._write(send))
         except (ClientDisconnect, TimeoutError):

@@ -17,7 +17,7 @@ from prefix_store.spec import GenerationDefaults, PrefixVersion
 from server.errors import InvalidParameter, ModelNotFound
 from server.http.schemas import SamplingFields
 from server.http.services import Services, request_id_of
-from server.types import PrefixRef, SamplingParams
+from server.types import PrefixRef, SamplingParams, prefix_ref
 
 SESSION_HEADER: Final = "x-session-id"
 _OUR_MAX_TOKENS: Final = SamplingParams().max_tokens
@@ -61,17 +61,6 @@ class Target:
         if self.version is None:
             return {}
         return {f"x-prefixd-{key}": str(value) for key, value in self.described().items()}
-
-
-def prefix_ref(version: PrefixVersion) -> PrefixRef:
-    """A stored version as the engine names it."""
-    return PrefixRef(
-        task=version.task,
-        version=version.version,
-        digest=version.digest,
-        num_virtual_tokens=version.manifest.num_virtual_tokens,
-        first_position=version.manifest.first_position,
-    )
 
 
 def session_key(request: Request, user: str | None) -> str:
