@@ -41,7 +41,9 @@ class Compiler(Protocol):
 class Trial(Protocol):
     """`server.model.prover.Trial`; on the engine thread."""
 
-    def run(self) -> Proof: ...
+    def smoke(self) -> None: ...
+
+    def probe(self) -> Proof: ...
 
 
 class Prover(Protocol):
@@ -134,6 +136,7 @@ class Intake:
 
     async def _tried(self, upload: Upload, prefix: Prefix, recognition: Recognition) -> Examined:
         trial = await asyncio.to_thread(self._prover.prepare, prefix)
-        proof: Proof = await self._run(trial.run)
+        await self._run(trial.smoke)
+        proof: Proof = await self._run(trial.probe)
         warnings = warnings_for(prefix.manifest, self._store.base)
         return Examined(upload, prefix.manifest, recognition, proof, warnings)
