@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from prefix_store.artifact import TORCH_DTYPES, Prefix, decode
+from prefix_store.artifact import TORCH_DTYPES, Prefix, decode_with
 from prefix_store.errors import IncompatiblePrefix, Problem
 from prefix_store.header import (
     LENGTH_BYTES,
@@ -54,7 +54,7 @@ def accept(data: bytearray, digest: str, base: BaseSpec, limits: Limits) -> Pref
     """
     header = read_header(data, len(data))
     require_compatible(header, base, limits)
-    prefix = decode(data, digest)
+    prefix = decode_with(header, data, digest)
     # All values at once: one pass instead of one per tensor, which matters while requests wait for a load.
     values = torch.frombuffer(data, dtype=TORCH_DTYPES[header.dtype], offset=header.data_start)
     if _value_fault(values, base.layout.dtype, limits.max_abs_value):
