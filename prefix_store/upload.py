@@ -24,6 +24,7 @@ from prefix_store.validation import (
     accept,
     max_artifact_bytes,
     require_compatible,
+    value_warnings,
     warnings_for,
 )
 
@@ -117,7 +118,7 @@ class Upload:
             # Asked now to spare the work, and again when the record is written.
             self._catalog.check_preconditions(task, if_match=if_match, if_none_match=if_none_match)
             self._check_digest(expected_sha256)
-            manifest = self._prove()
+            manifest, warnings = self._prove()
             digest, size_bytes = self._staged.digest, self._staged.num_bytes
             with self._retention.naming(digest):
                 self._staged.publish()
@@ -130,7 +131,7 @@ class Upload:
                     if_match=if_match,
                     if_none_match=if_none_match,
                 )
-        return PutResult(*published, warnings_for(manifest, self._base))
+        return PutResult(*published, warnings)
 
     def abort(self) -> None:
         """Drop what was written. Harmless after `commit` and when repeated."""
@@ -142,11 +143,13 @@ class Upload:
         if expected is not None and expected.lower().removeprefix("sha256:") != got[7:]:
             raise DigestMismatch([Problem("", f"the bytes received have the digest {got}")])
 
-    def _prove(self) -> PrefixManifest:
-        """Header first: memory for the whole artifact is taken only for one that could be right."""
+    def _prove(self) -> tuple[PrefixManifest, tuple[str, ...]]:
+        """And the warnings. Header first: memory for the whole artifact is taken only for one that could be right."""
         head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
         require_compatible(read_header(head, self._staged.num_bytes), self._base, self._limits)
-        return accept(self._read_back(), self._staged.digest, self._base, self._limits).manifest
+        prefix = accept(self._read_back(), self._staged.digest, self._base, self._limits)
+        warnings = (*warnings_for(prefix.manifest, self._base), *value_warnings(prefix))
+        return prefix.manifest, warnings
 
     def _read_back(self) -> bytearray:
         data = self._staged.read()

@@ -26,6 +26,9 @@ from prefix_store.header import (
 from prefix_store.spec import BaseSpec, PrefixManifest
 
 _WIDEST_ELEMENT_BYTES: Final = 4  # float32, the widest dtype that a file may have
+_MAX_SUBNORMAL_SHARE: Final = (
+    0.01  # training leaves hardly any; more is a broken file, or meant to be slow
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,21 @@ def warnings_for(manifest: PrefixManifest, base: BaseSpec) -> tuple[str, ...]:
             "layers with a window never see its first tokens"
         )
     return tuple(found)
+
+
+def value_warnings(prefix: Prefix) -> tuple[str, ...]:
+    """What its values, in the dtype of the file, are worth telling whoever uploads."""
+    tensors = (*prefix.keys, *prefix.values)
+    dtype = tensors[0].dtype
+    smallest = torch.finfo(dtype).tiny
+    count = sum(int(((x != 0) & (x.abs() < smallest)).sum()) for x in tensors)
+    share = count / sum(x.numel() for x in tensors)
+    if share <= _MAX_SUBNORMAL_SHARE:
+        return ()
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{share:.0%} of the values are subnormal in {name}: a CPU can compute many times slower with them",
+    )
 
 
 def _check_layer_count(header: ArtifactHeader, base: BaseSpec) -> Iterator[Problem]:

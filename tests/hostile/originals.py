@@ -6,7 +6,7 @@ Each is for a base of its own choosing, small enough that a mutant costs microse
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -27,7 +27,7 @@ BASE: Final = replace(
 LIMITS: Final = Limits(max_num_virtual_tokens=16)
 TASK_INDEX: Final = 1
 
-_FULL_MANIFEST: Final = {
+_FULL_MANIFEST: Final[dict[str, Any]] = {
     "generation": {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "max_tokens": 7, "stop": ["END"]},
     "description": "a task, with \u00e9 and \u2028",
     "training": {"steps": 100, "loss": 0.25, "data": ["a", "b"]},
