@@ -34,12 +34,13 @@ from typing import Any, Final
 import torch
 
 from prefix_store.backends.memory import MemoryBackend
-from tests.hostile.judge import judged, timed
+from tests.hostile.judge import Judgement, judged, timed
 from tests.hostile.mutation import Mutant, mutant
 from tests.hostile.originals import Original, originals
 
 MAX_BYTES: Final = 16 * 2**20
 TRACED_EVERY: Final = 500
+NO_MUTANT: Final = -1  # the number of a valid file
 _REPORT_EVERY: Final = 1000
 _TICK_SECONDS: Final = 1e-5
 
@@ -64,6 +65,18 @@ class Tally:
         self.rss_kib = max(self.rss_kib, other.rss_kib)
         self.faults |= other.faults
 
+    def count(self, number: int, judgement: Judgement, peak_bytes: int) -> None:
+        """Count in one mutant."""
+        faults = judgement.faults
+        if peak_bytes > MAX_BYTES:
+            faults += (f"took {peak_bytes} bytes",)
+        if faults:
+            self.faults[number] = faults
+        self.mutants += 1
+        self.outcomes[judgement.outcome] += 1
+        self.ticks[int(judgement.seconds / _TICK_SECONDS)] += 1
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+
     def cpu_ms(self, share: float) -> float:
         """The CPU time that `share` of the mutants stayed within."""
         seen, wanted = 0, share * self.mutants
@@ -74,29 +87,29 @@ class Tally:
         return 0.0
 
 
-def tally_of(
+def tallies(
     numbers: range, seed: int, files: Sequence[Original], at: Any = None, *, bounded: bool = False
-) -> Tally:
-    """Judges these mutants in this process; `bounded`: with the limit on memory. `at` is told each number."""
+) -> Iterator[Tally]:
+    """Judges these mutants in this process, and tells of every thousand, and of a fault at once.
+
+    `at` is told each number before. `bounded`: with the limit on memory.
+    """
     tally = Tally()
     for number in numbers:
         if at is not None:
             at.value = number
-        one = mutant(number, seed, files)
-        with address_space_limit(MAX_BYTES) if bounded else contextlib.nullcontext():
-            judgement = judged(one)
-        faults = judgement.faults
-        if number % TRACED_EVERY == 0:
-            peak = traced_peak(one)
-            tally.peak_bytes = max(tally.peak_bytes, peak)
-            faults += (f"took {peak} bytes",) if peak > MAX_BYTES else ()
-        tally.mutants += 1
-        tally.outcomes[judgement.outcome] += 1
-        tally.ticks[int(judgement.seconds / _TICK_SECONDS)] += 1
-        if faults:
-            tally.faults[number] = faults
-    tally.rss_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return tally
+        tally.count(number, *_judged(mutant(number, seed, files), bounded=bounded))
+        if tally.faults or tally.mutants == _REPORT_EVERY:
+            yield tally
+            tally = Tally()
+    yield tally
+
+
+def _judged(one: Mutant, *, bounded: bool) -> tuple[Judgement, int]:
+    """And the traced peak of memory in bytes, or 0 for most."""
+    with address_space_limit(MAX_BYTES) if bounded else contextlib.nullcontext():
+        judgement = judged(one)
+    return judgement, 0 if one.number % TRACED_EVERY else traced_peak(one)
 
 
 @contextlib.contextmanager
@@ -130,10 +143,11 @@ def work(numbers: range, seed: int, sending: Connection, at: Any) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is no mutant's garbage
     files = originals()
-    tally_of(range(200), 0, files)  # first calls load and compile
-    for start in range(0, len(numbers), _REPORT_EVERY):
-        part = numbers[start : start + _REPORT_EVERY]
-        sending.send(tally_of(part, seed, files, at, bounded=True))
+    for original in files:  # first calls load and compile
+        judged(Mutant(NO_MUTANT, original, original.data))
+    for tally in tallies(numbers, seed, files, at, bounded=True):
+        tally.rss_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sending.send(tally)
     sending.close()
 
 
@@ -143,7 +157,7 @@ def run(numbers: range, seed: int, num_jobs: int) -> Iterator[Tally]:
     open_ends: dict[Connection, tuple[BaseProcess, Any]] = {}
     for job in range(num_jobs):
         receiving, sending = context.Pipe(duplex=False)
-        at = context.Value("q", -1, lock=False)
+        at = context.Value("q", NO_MUTANT, lock=False)
         process: BaseProcess = context.Process(
             target=work, args=(numbers[job::num_jobs], seed, sending, at)
         )
@@ -206,6 +220,9 @@ def summary(total: Tally, seed: int, seconds: float, rss_growth_kib: int) -> dic
 
 def report(number: int, seed: int, faults: tuple[str, ...], directory: Path) -> None:
     """Says what is wrong with a mutant, and keeps it."""
+    if number == NO_MUTANT:
+        print(f"the valid files: {'; '.join(faults)}", file=sys.stderr)
+        return
     one = mutant(number, seed, originals())
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{one.original.name}.{seed}.{number}.safetensors"

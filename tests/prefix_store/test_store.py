@@ -458,7 +458,7 @@ def test_an_abort_during_a_commit_waits_for_it(
     proving, go_on = threading.Event(), threading.Event()
     real = Upload._prove
 
-    def slow_proof(self: Upload) -> PrefixManifest:
+    def slow_proof(self: Upload) -> tuple[PrefixManifest, tuple[str, ...]]:
         proving.set()
         assert go_on.wait(10)
         return real(self)
