@@ -17,7 +17,7 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check bench fmt clean
+.PHONY: help install demo serve test check bench fuzz fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,9 @@ check: .venv/.dev ## lint, format, types, import contracts: all that is quick an
 
 bench: .venv/.dev ## measure prefixd against PEFT on this machine
 	$(BIN)/python benchmarks/peft_comparison.py $(ARGS)
+
+fuzz: .venv/.dev ## a million hostile uploads against the validator; ARGS="--jobs 8 --seed 2"
+	$(BIN)/python -m tests.hostile.fuzz $(ARGS)
 
 fmt: .venv/.dev ## fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
 from prefix_store.errors import InvalidTaskName
 
@@ -151,7 +151,8 @@ class GenerationDefaults(_Frozen):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=1e-6, le=1)
     top_k: int | None = Field(default=None, ge=0, le=1_000_000)
-    stop: tuple[StopString, ...] = Field(default=(), max_length=4)
+    # Fail fast: a fault for each of twenty thousand entries is work, and tells nobody more than one.
+    stop: Annotated[tuple[StopString, ...], FailFast()] = Field(default=(), max_length=4)
 
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]

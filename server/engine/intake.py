@@ -26,7 +26,6 @@ from prefix_store.proof import Proof
 from prefix_store.spec import PrefixManifest
 from prefix_store.store import PrefixStore
 from prefix_store.upload import Upload
-from prefix_store.validation import warnings_for
 from server.engine.prefix_compiler import RunOnEngine
 
 
@@ -138,5 +137,4 @@ class Intake:
         trial = await asyncio.to_thread(self._prover.prepare, prefix)
         await self._run(trial.smoke)
         proof: Proof = await self._run(trial.probe)
-        warnings = warnings_for(prefix.manifest, self._store.base)
-        return Examined(upload, prefix.manifest, recognition, proof, warnings)
+        return Examined(upload, prefix.manifest, recognition, proof, upload.warnings)

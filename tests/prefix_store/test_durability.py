@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from prefix_store.errors import (
     StoreFailed,
     StoreFull,
 )
+from prefix_store.records import log_name
 from prefix_store.spec import digest_of
 from prefix_store.store import PrefixStore
 from tests.prefix_store.builders import TINY_BASE, make_artifact
@@ -182,21 +184,27 @@ def run(store: PrefixStore, act: str) -> PrefixStoreError | None:
     return None
 
 
+DAMAGES = 5_000  # of blobs, and as many of records
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """One bit flipped, or the end lost, or a byte more."""
+    chance = rng.random()
+    if chance < 0.7:
+        changed = bytearray(data)
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+    return data[: rng.randrange(len(data))] if chance < 0.95 else data + b"x"
+
+
 def test_any_damage_to_a_stored_blob_is_noticed_before_its_use(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     data = make_artifact()
     digest = store.put("task", data).version.digest
     path = blob_path(tmp_path, digest)
     rng = random.Random(3)
-    for _ in range(200):
-        damaged = bytearray(data)
-        if rng.random() < 0.7:
-            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        elif rng.random() < 0.7:
-            del damaged[rng.randrange(len(data)) :]
-        else:
-            damaged += b"x"
-        path.write_bytes(damaged)
+    for _ in range(DAMAGES):
+        path.write_bytes(damaged(data, rng))
         with pytest.raises(PrefixUnavailable, match="damaged"):
             store.load(digest)
     path.unlink()
@@ -206,6 +214,65 @@ def test_any_damage_to_a_stored_blob_is_noticed_before_its_use(tmp_path: Path) -
     store.put("task", data)
     assert store.load(digest).prefix.digest == digest
     store.close()
+
+
+@pytest.fixture
+def eventful(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Path:
+    """A store where `task` has a record of every kind that its live version can stand on, and `other` one."""
+    caplog.set_level(logging.CRITICAL, "prefix_store.catalog")
+    store = open_store(tmp_path)
+    store.put("other", make_artifact(seed=1))
+    store.put("task", make_artifact(seed=9))
+    store.delete("task")
+    for seed in range(3):
+        store.put("task", make_artifact(seed=seed), activate=seed == 0)
+    store.promote("task", 3)
+    store.promote("task", 4)
+    store.rollback("task")
+    store.set_canary("task", 2, 0.25)
+    store.end_canary("task")
+    store.set_canary("task", 2, 0.5)
+    store.close()
+    return tmp_path
+
+
+def assert_only_task_is_broken(backend: FilesystemBackend) -> None:
+    catalog = Catalog(backend)
+    assert catalog.num_broken() == 1
+    with pytest.raises(PrefixUnavailable):
+        catalog.live("task")
+    assert catalog.live("other").version == 1
+
+
+def test_any_damage_to_a_version_record_is_noticed_before_its_use(eventful: Path) -> None:
+    backend = FilesystemBackend(eventful)
+    paths = sorted((eventful / "log" / log_name("task")).iterdir())
+    assert len(paths) == 11
+    intact = [path.read_bytes() for path in paths]
+    rng = random.Random(4)
+    for _ in range(DAMAGES):
+        at = rng.randrange(len(paths))
+        paths[at].write_bytes(damaged(intact[at], rng))
+        assert_only_task_is_broken(backend)
+        paths[at].write_bytes(intact[at])
+    assert Catalog(backend).live("task").version == 3
+    backend.close()
+
+
+def test_each_bit_of_the_last_record_is_guarded(eventful: Path) -> None:
+    """No later record names its hash: a flip there could move `live`, or change a canary's weight."""
+    backend = FilesystemBackend(eventful)
+    path = max((eventful / "log" / log_name("task")).iterdir())
+    intact = path.read_bytes()
+    for bit in range(8 * len(intact)):
+        changed = bytearray(intact)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        assert_only_task_is_broken(backend)
+    for length in range(len(intact)):
+        path.write_bytes(intact[:length])
+        assert_only_task_is_broken(backend)
+    backend.close()
 
 
 def test_a_damaged_log_keeps_every_blob_for_its_repair(tmp_path: Path) -> None:
