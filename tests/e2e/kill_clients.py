@@ -129,6 +129,11 @@ class Client:
         self.counts: Counter[str] = Counter()
         self.surprises: list[str] = []
 
+    @property
+    def num_answers(self) -> int:
+        """Changes that were acknowledged, and refusals that were to be, since `counts` was emptied."""
+        return sum(list(self.counts.values()))
+
     def run(self, port: int, killing: threading.Event) -> None:
         """Changes without end until the connection breaks, which before `killing` is a surprise."""
         connection = Connection(port)

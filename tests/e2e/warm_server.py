@@ -11,23 +11,41 @@ Called by `kill_loop`.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
+from typing import Final
 
+from tests.e2e import planted_store_bugs
 from tests.e2e.live_server import ADMIN_KEY
+
+# What `prefixd serve` imports until it has answered its first upload, as far as it is slow.
+WANTED_BY_A_SERVER: Final = (
+    "anyio._backends._asyncio",
+    "encodings.idna",
+    "pydantic.v1",
+    "server.banner",
+    "server.bootstrap",
+    "server.cli",
+    "server.http.app",
+    "server.model.attention.sdpa",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.uvloop",
+    "uvicorn.protocols.http.httptools_impl",
+)
 
 
 class WarmServer:
     """One server at a time; a context manager, which leaves no process behind."""
 
-    def __init__(self, model: Path, log: Path) -> None:
-        """`log`: what the present server prints; emptied at each start."""
+    def __init__(self, model: Path, log: Path, planted_bug: str | None = None) -> None:
+        """`log`: what the present server prints; emptied at each start. `planted_bug`: see `main`."""
         self._log = log
         environment = {
             **os.environ,
@@ -36,6 +54,7 @@ class WarmServer:
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "tests.e2e.warm_server", str(model), str(log)]
+        command += [planted_bug] if planted_bug else []
         self._process = subprocess.Popen(
             command, stdin=PIPE, stdout=PIPE, text=True, bufsize=1, env=environment
         )
@@ -66,7 +85,7 @@ class WarmServer:
 
     def output(self) -> str:
         """What the present or last server printed."""
-        return self._log.read_text(errors="replace")
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def _ask(self, line: str, expected: str) -> str:
         assert self._process.stdin is not None
@@ -77,23 +96,23 @@ class WarmServer:
         return rest
 
 
-def main(model: Path, log: Path) -> None:
-    """The warm process: one line in, one line out, until stdin ends."""
-    # Here, so that who only drives it does not pay for them.
-    import pydantic.v1  # noqa: F401 - FastAPI imports it when the first route is made
-    import uvicorn  # noqa: F401
+def main(model: Path, log: Path, planted_bug: str | None = None) -> None:
+    """The warm process: one line in, one line out, until stdin ends.
 
-    import server.bootstrap
-    import server.cli
-    import server.http.app  # noqa: F401
-
-    server.bootstrap.load_model(model, device="cpu", dtype="auto")
+    `planted_bug`: a function of `planted_store_bugs` to call first, to see that the kill loop notices it.
+    """
+    for module in WANTED_BY_A_SERVER:
+        importlib.import_module(module)
+    load_model = importlib.import_module("server.bootstrap").load_model
+    load_model(model, device="cpu", dtype="auto")
+    if planted_bug is not None:
+        getattr(planted_store_bugs, planted_bug)()
     child = 0
     for line in sys.stdin:
         word, *arguments = line.rstrip("\n").split("\t")
         if word == "start":
             assert not child, "one server at a time"
-            assert len(os.listdir("/proc/self/task")) == threading.active_count() == 1
+            wait_for_one_thread()
             child = os.fork()
             if not child:
                 serve(arguments, log)
@@ -103,6 +122,14 @@ def main(model: Path, log: Path) -> None:
             child = 0
     if child:
         killed(child)
+
+
+def wait_for_one_thread() -> None:
+    """The threads that transformers loaded the model with may still be ending."""
+    deadline = time.monotonic() + 30
+    while len(os.listdir("/proc/self/task")) > 1:
+        assert time.monotonic() < deadline, "a fork copies one thread only"
+        time.sleep(0.01)
 
 
 def serve(arguments: list[str], log: Path) -> None:
@@ -126,4 +153,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
