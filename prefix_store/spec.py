@@ -156,6 +156,7 @@ class GenerationDefaults(_Frozen):
 
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+LogProb = Annotated[float, Field(le=0)]
 
 
 class Probe(_Frozen):
@@ -167,9 +168,9 @@ class Probe(_Frozen):
     model is free to add one number to all logits, and some have offsets far above what tells tokens apart.
     """
 
-    input_ids: tuple[TokenId, ...] = Field(min_length=1, max_length=64)
-    top_ids: tuple[TokenId, ...] = Field(min_length=1, max_length=32)
-    top_logprobs: tuple[Annotated[float, Field(le=0)], ...] = Field(min_length=1, max_length=32)
+    input_ids: Annotated[tuple[TokenId, ...], FailFast()] = Field(min_length=1, max_length=64)
+    top_ids: Annotated[tuple[TokenId, ...], FailFast()] = Field(min_length=1, max_length=32)
+    top_logprobs: Annotated[tuple[LogProb, ...], FailFast()] = Field(min_length=1, max_length=32)
     tolerance: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")

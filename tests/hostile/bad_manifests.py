@@ -18,6 +18,13 @@ from tests.hostile.changes import (
 from tests.hostile.disguised import VALID
 from tests.prefix_store.builders import header_of
 
+
+def probe(**fields: object) -> bytes:
+    """The valid file with a small probe, some of its fields changed."""
+    sound = {"input_ids": [1], "top_ids": [1], "top_logprobs": [-1.0]}
+    return manifest_with(probe=sound | fields)
+
+
 BROKEN_MANIFEST: Final[dict[str, bytes]] = {
     "no metadata": header_with(lambda header: header.pop("__metadata__")),
     "metadata null": metadata(None),
@@ -108,6 +115,23 @@ BROKEN_MANIFEST: Final[dict[str, bytes]] = {
     "top_k fractional": manifest_with(generation={"top_k": 1.5}),
     "max_tokens zero": manifest_with(generation={"max_tokens": 0}),
     "stop string of 129 characters": manifest_with(generation={"stop": ["x" * 129]}),
+    "probe without its fields": manifest_with(probe={}),
+    "probe of no tokens": probe(input_ids=[]),
+    "probe of 65 tokens": probe(input_ids=[1] * 65),
+    "probe with a negative token": probe(input_ids=[-1]),
+    "probe with a token in a string": probe(input_ids=["1"]),
+    "probe with a token that is true": probe(input_ids=[True]),
+    "probe of five thousand tokens": probe(input_ids=["x"] * 5_000),
+    "probe with a probability above one": probe(top_logprobs=[0.5]),
+    "probe with a probability of NaN": manifest_replacing(
+        '"probe":null', '"probe":{"input_ids":[1],"top_ids":[1],"top_logprobs":[NaN]}'
+    ),
+    "probe with fewer probabilities than tokens": probe(top_ids=[1, 2]),
+    "probe with a token twice": probe(top_ids=[1, 1], top_logprobs=[-1.0, -1.0]),
+    "probe with 33 tops": probe(top_ids=list(range(33)), top_logprobs=[-1.0] * 33),
+    "probe that tolerates anything": probe(tolerance=1e9),
+    "probe that tolerates nothing": probe(tolerance=0),
+    "probe with an unknown field": probe(code="evil"),
     "twenty thousand stops": manifest_with(generation={"stop": [1] * 20_000}),
     "sampling value that nobody knows": manifest_with(generation={"logit_bias": {"1": 100}}),
     "description a list": manifest_with(description=["x"]),

@@ -30,6 +30,12 @@ TASK_INDEX: Final = 1
 _FULL_MANIFEST: Final[dict[str, Any]] = {
     "generation": {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "max_tokens": 7, "stop": ["END"]},
     "description": "a task, with \u00e9 and \u2028",
+    "probe": {
+        "input_ids": [5, 7],
+        "top_ids": [1, 2],
+        "top_logprobs": [-0.5, -1.25],
+        "tolerance": 0.1,
+    },
     "training": {"steps": 100, "loss": 0.25, "data": ["a", "b"]},
 }
 
