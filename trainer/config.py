@@ -43,11 +43,9 @@ class TrainConfig(BaseModel):
     revision: Annotated[str | None, Parameter(group=_MODEL)] = Field(
         default=None, description="Branch, tag or commit of the model"
     )
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Parameter(group=_MODEL)] = (
-        Field(
-            default="auto",
-            description="Of the base's weights; auto: the checkpoint's own on a GPU, float32 on a CPU",
-        )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Parameter(group=_MODEL)] = Field(
+        default="auto",
+        description="Of the base's weights; auto: float32 on a CPU, bfloat16 on a GPU for weights in half precision",
     )
     device: Annotated[str, Parameter(group=_MODEL)] = Field(
         default="auto",

@@ -56,18 +56,33 @@ class PrefixEncoder(nn.Module, ABC):
 
 
 class DirectEncoder(PrefixEncoder):
-    """Keys and values are the parameters."""
+    """Keys and values are the parameters, each tensor in units of its own initial size.
+
+    Layers differ in size, values of the first by a factor of ten and more; Adam moves every parameter by about the
+    learning rate, which is then one share of each. `in_units` False: the bare numbers, as PEFT has them.
+    """
 
     def __init__(
-        self, initial: KeyValues, num_frozen: int, dropout: float, generator: torch.Generator
+        self,
+        initial: KeyValues,
+        num_frozen: int,
+        dropout: float,
+        generator: torch.Generator,
+        *,
+        in_units: bool = True,
     ) -> None:
         super().__init__(num_frozen, dropout, generator)
         tensors = [tensor.detach().float() for tensor in initial.tensors]  # [P, H, D]
-        self.learned = nn.ParameterList([nn.Parameter(t[num_frozen:].clone()) for t in tensors])
+        units = [_size(t) if in_units else torch.ones_like(_size(t)) for t in tensors]
         self.frozen = _Buffers([t[:num_frozen].clone() for t in tensors])
+        self.units = _Buffers(units)
+        self.learned = nn.ParameterList(
+            [nn.Parameter(t[num_frozen:] / unit) for t, unit in zip(tensors, units, strict=True)]
+        )
 
     def rows(self) -> KeyValues:
-        return _joined(self.frozen.tensors, list(self.learned))
+        learned = [p * unit for p, unit in zip(self.learned, self.units.tensors, strict=True)]
+        return _joined(self.frozen.tensors, learned)
 
 
 class MlpEncoder(PrefixEncoder):
@@ -150,6 +165,12 @@ class _Buffers(nn.Module):
     @property
     def tensors(self) -> list[Tensor]:
         return list(self.buffers())
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """Root of the mean square, a scalar; 1 for a tensor of zeros."""
+    size = tensor.square().mean().sqrt()
+    return torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _joined(frozen: list[Tensor], learned: list[Any]) -> KeyValues:
