@@ -49,9 +49,7 @@ def gradient(
     base: FrozenBase, encoder: PrefixEncoder, examples: list[EncodedExample], rows: int = 100
 ) -> list[Tensor]:
     encoder.zero_grad(set_to_none=True)
-    add_gradients(
-        base, encoder, examples, rows=rows, reduction="mean", objective=next_token_loss
-    )
+    add_gradients(base, encoder, examples, rows=rows, reduction="mean", objective=next_token_loss)
     return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
 
 

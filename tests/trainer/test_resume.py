@@ -44,9 +44,7 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted_bit_for_bit(
     whole, parts = Recorder(), Recorder()
     train(small_run(tmp_path, output=tmp_path / "whole", **settings), Attachments((whole,)))
 
-    first = train(
-        small_run(tmp_path, output=tmp_path / "parts", **settings), stop_after(parts, 3)
-    )
+    first = train(small_run(tmp_path, output=tmp_path / "parts", **settings), stop_after(parts, 3))
     second = resume(tmp_path / "parts", stop_after(parts, 8))
     last = resume(tmp_path / "parts", Attachments((parts,)))
 
