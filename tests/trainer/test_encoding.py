@@ -163,7 +163,7 @@ def test_a_begin_token_beside_a_chat_template_is_told() -> None:
 
 
 def test_messages_need_a_chat_template() -> None:
-    with pytest.raises(BadData, match="line 1: .*no chat template"):
+    with pytest.raises(BadData, match=r"line 1: .*no chat template"):
         encoder().encode([CONVERSATION])
 
 

@@ -108,7 +108,7 @@ def test_early_stopping_on_the_loss_keeps_the_step_with_the_lowest(tmp_path: Pat
 
 
 def test_selecting_by_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadSetting, match="select_by: 'bleu'.*expected one of loss"):
+    with pytest.raises(BadSetting, match=r"select_by: 'bleu'.*expected one of loss"):
         train(small_run(tmp_path, select_by="bleu"))
 
 

@@ -26,7 +26,8 @@ def stop_after(recorder: Recorder, steps: int) -> Attachments:
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoint" / "last.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder / "checkpoint" / "last.safetensors")
+    return found
 
 
 @pytest.mark.parametrize(
