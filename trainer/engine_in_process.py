@@ -43,9 +43,13 @@ from trainer.likelihood import TextToScore, token_losses
 
 MAX_NUM_SEQS: Final = 32
 _BLOCK_SIZE: Final = 16
-_TASK: Final = "evaluated"  # the one task of the store in memory; its versions are what is evaluated
+_TASK: Final = (
+    "evaluated"  # the one task of the store in memory; its versions are what is evaluated
+)
 _HOST_CACHE_BYTES: Final = 2**30
-_LONGEST_PREFIX: Final = 1_000_000  # what the format allows; the positions of the model bound it further
+_LONGEST_PREFIX: Final = (
+    1_000_000  # what the format allows; the positions of the model bound it further
+)
 
 Progress = Callable[[int, int], None]
 """Called with how many are done, and how many there are."""
@@ -119,9 +123,7 @@ class EngineInProcess:
             ]
             return asyncio.run(_generate(engine, requests, 2 * self._max_num_seqs, on_progress))
 
-    def token_losses(
-        self, artifact: bytes | None, texts: Sequence[TextToScore]
-    ) -> list[Tensor]:
+    def token_losses(self, artifact: bytes | None, texts: Sequence[TextToScore]) -> list[Tensor]:
         """Nats of each target token of each text behind the same prefix, as `likelihood.token_losses` gives them.
 
         Raises `PrefixRejected`, and `TrainerError` for a text that the model has no positions for.

@@ -33,13 +33,15 @@ from trainer.evaluation import (
     Forgetting,
 )
 from trainer.likelihood import TextToScore
-from trainer.metrics import METRICS, Metric, Rows, loss, perplexity
+from trainer.metrics import METRICS, Metric, Rows, loss, perplexity, require_known
 from trainer.standard_error import Score, Value, difference, score
 
 DEFAULT_METRICS: Final = ("exact_match", "token_f1")
 WINDOW_TOKENS: Final = 256
 MAX_WINDOWS: Final = 256  # at most 65,536 tokens: the standard error is far below what matters then
-_CHARACTERS_A_TOKEN: Final = 16  # more than tokens of text have; keeps a huge file from being tokenized whole
+_CHARACTERS_A_TOKEN: Final = (
+    16  # more than tokens of text have; keeps a huge file from being tokenized whole
+)
 _BLANK_LINES: Final = re.compile(r"\n\s*\n")
 _SPARE_TOKENS: Final = 8  # beyond the longest right answer, so that going on after it shows
 _LIKELIHOODS: Final[dict[str, Value]] = {LOSS: loss, PERPLEXITY: perplexity}
@@ -65,12 +67,7 @@ class EvaluationSettings:
     general_text: GeneralText | None = None
 
     def __post_init__(self) -> None:
-        for name in self.metrics:
-            if name not in METRICS:
-                raise TrainerError(
-                    f"metric {name!r}: expected one of {', '.join(METRICS)}; "
-                    f"{LOSS} and {PERPLEXITY} are always there"
-                )
+        require_known(self.metrics)
 
 
 def evaluate(
@@ -263,7 +260,11 @@ def _forgetting(
             "give some with --forgetting-text",
         )
     limit = engine.base.position_limit
-    room = WINDOW_TOKENS if limit is None else min(WINDOW_TOKENS, limit - prefix.manifest.first_position)
+    room = (
+        WINDOW_TOKENS
+        if limit is None
+        else min(WINDOW_TOKENS, limit - prefix.manifest.first_position)
+    )
     windows = text_windows(tokenizer, general.text, room)
     if not windows:
         return None, (f"no probe for forgetting: {general.source} is shorter than two tokens",)

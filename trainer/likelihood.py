@@ -38,7 +38,9 @@ class TextToScore:
     target_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert self.context_token_ids, "the first target is predicted from the last token of the context"
+        assert self.context_token_ids, (
+            "the first target is predicted from the last token of the context"
+        )
         assert self.target_token_ids
 
     @property
@@ -76,7 +78,9 @@ def token_losses(
                 if piece.start == 0:
                     blocks[piece.text] = pool.allocate(pool.blocks_for(len(texts[piece.text].fed)))
             rows = [_row(texts[p.text], p, prefix, prefix_blocks, blocks[p.text]) for p in pack]
-            for piece, nats in zip(pack, _run(model, cache, attention, rows, texts, pack), strict=True):
+            for piece, nats in zip(
+                pack, _run(model, cache, attention, rows, texts, pack), strict=True
+            ):
                 losses[piece.text].append(nats)
                 if piece.end == len(texts[piece.text].fed):
                     pool.free(blocks.pop(piece.text))
@@ -113,7 +117,7 @@ def _run(
         attention.end()
     wanted_ids = torch.tensor(targets, dtype=torch.int64).to(model.device)
     nats = cross_entropy(logits.float(), wanted_ids, reduction="none").cpu()
-    return list(nats.split(counts))
+    return list(torch.split(nats, counts))
 
 
 def _packs(lengths: Sequence[int]) -> list[list[_Piece]]:

@@ -185,3 +185,10 @@ METRICS: Final[dict[str, Metric]] = {
         Metric("rouge_l", _rouge_rows, _percent),
     )
 }
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Raises `TrainerError` for a name that is no metric of generated text."""
+    for name in names:
+        if name not in METRICS:
+            raise TrainerError(f"metric {name!r}: expected one of {', '.join(METRICS)}")
