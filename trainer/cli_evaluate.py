@@ -62,6 +62,9 @@ def evaluate(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Parameter(help="Of the base")
     ] = "auto",
+    num_threads: Annotated[
+        int | None, Parameter(help="CPU threads for the model; torch's choice if left out")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Judge PREFIX on held-out examples, beside the bare base model and a text prompt."""
@@ -76,7 +79,7 @@ def evaluate(
         general_text=general_text(model, forgetting_text),
     )
     artifact = read_bytes(prefix)
-    loaded, tokenizer = load_base(model, device, dtype)
+    loaded, tokenizer = load_base(model, device, dtype, num_threads)
     examples = _examples(data, tokenizer, loaded.eos_token_ids)
     engine = EngineInProcess(loaded, tokenizer)
     with progress_bar("evaluate") as on_progress:
@@ -141,12 +144,18 @@ def source_of(model: str | None) -> str:
     return str(demo.MODEL_DIR) if model is None else str(Path(model).expanduser())
 
 
-def load_base(model: str | None, device: str, dtype: str) -> tuple[LoadedModel, Tokenizer]:
+def load_base(
+    model: str | None, device: str, dtype: str, num_threads: int | None
+) -> tuple[LoadedModel, Tokenizer]:
     """The frozen base and its tokenizer, as the server loads them. Raises `ModelRefused`, `ConfigError`."""
+    import torch
+
     from server.engine.tokenizer import Tokenizer
     from server.model.device import pick_device
     from server.model.loader import load_model
 
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     source = source_of(model)
     if model is None and dtype == "auto":
         dtype = "float32"  # as the server has it: the demo is small

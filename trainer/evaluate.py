@@ -44,6 +44,7 @@ _CHARACTERS_A_TOKEN: Final = (
 )
 _BLANK_LINES: Final = re.compile(r"\n\s*\n")
 _SPARE_TOKENS: Final = 8  # beyond the longest right answer, so that going on after it shows
+_WORDS_FOR_BLEU: Final = 4
 _LIKELIHOODS: Final[dict[str, Value]] = {LOSS: loss, PERPLEXITY: perplexity}
 
 
@@ -105,7 +106,7 @@ def evaluate(
         },
         gains={name: _gains(rows[PREFIX], rows[name]) for name in rows if name != PREFIX},
         forgetting=forgetting,
-        notes=(*note, *why_not),
+        notes=(*note, *why_not, *_about_bleu(rows[PREFIX].get("bleu", []))),
     )
 
 
@@ -237,6 +238,13 @@ def _gains(rows: dict[str, Rows], baseline: dict[str, Rows]) -> dict[str, Score]
 
 def _value(name: str) -> Value:
     return _LIKELIHOODS[name] if name in _LIKELIHOODS else METRICS[name].value
+
+
+def _about_bleu(rows: Rows) -> tuple[str, ...]:
+    """BLEU counts runs of four words; where no reference has four, it says nothing."""
+    if not rows or max(row[-1] for row in rows) >= _WORDS_FOR_BLEU:
+        return ()
+    return ("bleu is 0 whatever is said: no reference has four words; take another metric",)
 
 
 def _num_cut(completions: Sequence[Completion]) -> int:

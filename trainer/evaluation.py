@@ -21,6 +21,7 @@ LOSS: Final = "loss"
 PERPLEXITY: Final = "perplexity"
 
 _SHOWN: Final = {PREFIX: "prefix", NO_PREFIX: "no prefix", TEXT_PROMPT: "text prompt"}
+_LARGE: Final = 1e5
 _LOWER_IS_BETTER: Final = frozenset({LOSS, PERPLEXITY})
 
 
@@ -68,8 +69,8 @@ class Evaluation:
         return json.dumps(_finite(dataclasses.asdict(self)), indent=2, ensure_ascii=False)
 
     def as_table(self) -> RenderableType:
-        """What a person reads: one row a metric, one column a condition, then the probe and the notes."""
-        parts: list[RenderableType] = [self._scores()]
+        """What a person reads: one row a metric, one column a condition; what the prefix gains; the probe; the notes."""
+        parts: list[RenderableType] = [self._scores(), self._gained()]
         if self.forgetting is not None:
             parts.append(Text(_told(self.forgetting)))
         parts += [Text(f"note: {note}") for note in self.notes]
@@ -77,34 +78,51 @@ class Evaluation:
 
     def _scores(self) -> Table:
         title = f"{self.num_examples} held-out examples, P = {self.num_virtual_tokens}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("metric")
-        for name in self.conditions:
-            table.add_column(_SHOWN[name], justify="right")
-        for name in self.gains:
-            table.add_column(f"against {_SHOWN[name]}", justify="right")
+        table = _table(title, [_SHOWN[name] for name in self.conditions])
         for metric in self.conditions[PREFIX].scores:
-            shown = [_score(c.scores[metric]) for c in self.conditions.values()]
-            shown += [_score(gain[metric], signed=True) for gain in self.gains.values()]
-            arrow = "↓" if metric in _LOWER_IS_BETTER else "↑"
-            table.add_row(f"{metric} {arrow}", *shown)
-        cut = [f"{c.num_cut}" for c in self.conditions.values()]
-        table.add_row(f"cut at {self.max_tokens} tokens", *cut, *[""] * len(self.gains))
+            shown = [_score(c.scores[metric], metric) for c in self.conditions.values()]
+            table.add_row(_titled(metric), *shown)
+        cut = [str(condition.num_cut) for condition in self.conditions.values()]
+        table.add_row(f"cut at {self.max_tokens} tokens", *cut)
+        return table
+
+    def _gained(self) -> Table:
+        columns = [f"against {_SHOWN[name]}" for name in self.gains]
+        table = _table("the prefix, example by example", columns)
+        for metric in self.conditions[PREFIX].scores:
+            shown = [_score(gain[metric], metric, sign="+") for gain in self.gains.values()]
+            table.add_row(_titled(metric), *shown)
         return table
 
 
-def _score(score: Score, *, signed: bool = False) -> str:
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _titled(metric: str) -> str:
+    return f"{metric} {'↓' if metric in _LOWER_IS_BETTER else '↑'}"
+
+
+def _score(score: Score, metric: str, sign: str = "") -> str:
+    """Two decimals, four for the loss; powers of ten where a perplexity is out of all bounds."""
     if not math.isfinite(score.value):
         return "∞" if score.value > 0 else "-"
-    value = f"{score.value:+.2f}" if signed else f"{score.value:.2f}"
-    return f"{value} ± {score.standard_error:.2f}"
+    digits = 4 if metric == LOSS else 2
+    form = f"{sign}.{digits}f" if abs(score.value) < _LARGE else f"{sign}.3g"
+    error = f".{digits}f" if score.standard_error < _LARGE else ".3g"
+    return f"{score.value:{form}} ± {score.standard_error:{error}}"
 
 
 def _told(forgetting: Forgetting) -> str:
     return (
         f"general text ({forgetting.source}, {forgetting.num_tokens} tokens): perplexity "
-        f"{_score(forgetting.with_prefix)} behind the prefix, {_score(forgetting.without)} without; "
-        f"{_score(forgetting.lost, signed=True)} nats a token"
+        f"{_score(forgetting.with_prefix, PERPLEXITY)} behind the prefix, "
+        f"{_score(forgetting.without, PERPLEXITY)} without; "
+        f"{_score(forgetting.lost, LOSS, sign='+')} nats a token"
     )
 
 
