@@ -4,7 +4,7 @@ Every score but loss and perplexity is in percent, 0 to 100, as sacrebleu has it
 rows of sums, one row an example, whose column totals give the score: that is what resampling needs, and it makes
 BLEU, which is no mean over examples, no special case.
 
-    exact_match   the text is the reference; one leading space is forgiven, which belongs to the first word's token
+    exact_match   the text is the reference; white space before either is forgiven, which joins it to the prompt
     accuracy      the label is the reference: both without the white space around them
     token_f1      SQuAD's: lower case, no punctuation, no articles; harmonic mean of precision and recall of words
     bleu          sacrebleu's corpus BLEU with its defaults (13a tokens, exponential smoothing)
@@ -112,7 +112,7 @@ def _percent(sums: Sequence[float]) -> float:
 
 
 def _same(prediction: str, reference: str) -> float:
-    return prediction.removeprefix(" ") == reference.removeprefix(" ")
+    return prediction.lstrip() == reference.lstrip()
 
 
 def _same_label(prediction: str, reference: str) -> float:
