@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from converter.errors import ConversionRefused
 from prefix_store.spec import BaseSpec
+from server.engine.tokenizer import Tokenizer
 from server.errors import ModelRefused
 from server.model.base_spec import base_spec
 from server.model.loader import LoadedModel, adopt_model, check_config, load_model
@@ -50,10 +51,21 @@ def load_base(directory: Path) -> Base:
         check_config(config)
         if any(directory.glob("*.safetensors")):
             model = load_model(directory, device=torch.device("cpu"))
-            return Base(config, base_spec(model), model)
+            spec = base_spec(model, tokenizer_fingerprint=_tokenizer_fingerprint(directory))
+            return Base(config, spec, model)
         return Base(config, _from_config(config, directory.resolve().name), None)
     except ModelRefused as refused:
         raise ConversionRefused(f"--base: {refused}") from None
+
+
+def _tokenizer_fingerprint(directory: Path) -> str | None:
+    """None where the directory has no tokenizer, or none that can be read."""
+    if not any(directory.glob("tokenizer*")):
+        return None
+    try:
+        return Tokenizer.load(directory).fingerprint()
+    except (OSError, ValueError):
+        return None
 
 
 def _from_config(config: Any, model_id: str) -> BaseSpec:

@@ -21,7 +21,7 @@ from prefix_store.spec import (
 
 if TYPE_CHECKING:
     from prefix_store.artifact import Prefix, decode, encode, save
-    from prefix_store.fingerprint import base_fingerprint
+    from prefix_store.fingerprint import base_fingerprint, base_model_ref
     from prefix_store.store import LoadedPrefix, PrefixStore, StoreStats
     from prefix_store.upload import PutResult, Upload
 
@@ -40,6 +40,7 @@ __all__ = [
     "TaskInfo",
     "Upload",
     "base_fingerprint",
+    "base_model_ref",
     "decode",
     "encode",
     "save",
@@ -53,6 +54,7 @@ _HOMES: Final = {
     "StoreStats": "store",
     "Upload": "upload",
     "base_fingerprint": "fingerprint",
+    "base_model_ref": "fingerprint",
     "decode": "artifact",
     "encode": "artifact",
     "save": "artifact",

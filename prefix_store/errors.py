@@ -6,6 +6,7 @@
      |    |-- IncompatiblePrefix      well-formed, but not for the resident model, or unsafe to serve
      |    |-- ImportRefused           a foreign format, known or not, that can not become a prefix
      |    |    `-- AmbiguousFormat         it can be read in two ways; the caller must say which
+     |    |-- ProofFailed             the resident model, run with it, does not do what it should
      |    |-- RebaseRefused           its keys can not be moved to other positions exactly
      |    `-- DigestMismatch          the bytes are not those that the caller announced
      |-- ArtifactTooLarge        more bytes than any prefix for this model can have
@@ -81,6 +82,15 @@ class ImportRefused(PrefixRejected):
 
 class AmbiguousFormat(ImportRefused):
     """Two formats fit the file; a wrong guess would serve nonsense."""
+
+
+class ProofFailed(PrefixRejected):
+    """The resident model was run with the prefix, and did not do what it should."""
+
+    @classmethod
+    def at(cls, pointer: str, detail: str) -> ProofFailed:
+        """A refusal for one fault."""
+        return cls([Problem(pointer, detail)])
 
 
 class RebaseRefused(PrefixRejected):

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from prefix_store.errors import InvalidTaskName
 
@@ -92,7 +92,8 @@ class BaseSpec:
     """What the store must know of the resident model to judge a prefix.
 
     `position_limit`: how many positions the model has (None: no limit known).
-    `fingerprint`: `prefix_store.fingerprint.base_fingerprint` of the loaded weights.
+    `fingerprint`, `config_fingerprint`, `tokenizer_fingerprint`: of the loaded weights, of the settings that
+    change what they compute, and of the tokenizer (None: not known), all by `prefix_store.fingerprint`.
     `hidden_size`: width of its token embeddings, hence of soft prompts (None: not known).
     `rotary`: one entry per layer, where the rotation of its keys is known exactly.
     """
@@ -108,18 +109,35 @@ class BaseSpec:
     hidden_size: int | None = None
     num_attention_heads: int | None = None
     rotary: tuple[LayerRotary, ...] | None = None
+    config_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+
+    def as_ref(self) -> BaseModelRef:
+        """How an artifact that was made on this very model names it."""
+        return BaseModelRef(
+            id=self.model_id,
+            fingerprint=self.fingerprint,
+            config_fingerprint=self.config_fingerprint,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            vocab_size=self.vocab_size,
+        )
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+_FINGERPRINT: Final = r"^sha256:[0-9a-f]{64}$"
+
+
 class BaseModelRef(_Frozen):
-    """Which base a prefix was trained on; `fingerprint` is checked, the rest is for people."""
+    """Which base a prefix was trained on; `id` and `revision` are for people, the rest is checked."""
 
     id: str | None = None
     revision: str | None = None
-    fingerprint: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+    fingerprint: str | None = Field(default=None, pattern=_FINGERPRINT)
+    config_fingerprint: str | None = Field(default=None, pattern=_FINGERPRINT)
+    tokenizer_fingerprint: str | None = Field(default=None, pattern=_FINGERPRINT)
     vocab_size: int | None = Field(default=None, ge=1)
 
 
@@ -134,6 +152,35 @@ class GenerationDefaults(_Frozen):
     top_p: float | None = Field(default=None, ge=1e-6, le=1)
     top_k: int | None = Field(default=None, ge=0, le=1_000_000)
     stop: tuple[StopString, ...] = Field(default=(), max_length=4)
+
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class Probe(_Frozen):
+    """One forward pass that the prefix must reproduce on the resident model.
+
+    `input_ids` behind the prefix give, at the last of them, the log-probabilities `top_logprobs` of the
+    tokens `top_ids`, which are the most probable ones. `tolerance`: how far each may be off, in nats; None
+    leaves it to the server, which knows the dtype that it serves in. Log-probabilities and not logits: a
+    model is free to add one number to all logits, and some have offsets far above what tells tokens apart.
+    """
+
+    input_ids: tuple[TokenId, ...] = Field(min_length=1, max_length=64)
+    top_ids: tuple[TokenId, ...] = Field(min_length=1, max_length=32)
+    top_logprobs: tuple[Annotated[float, Field(le=0)], ...] = Field(min_length=1, max_length=32)
+    tolerance: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _paired(self) -> Probe:
+        if len(self.top_ids) != len(self.top_logprobs):
+            raise ValueError(
+                f"expected as many top_logprobs as top_ids, got {len(self.top_logprobs)} "
+                f"and {len(self.top_ids)}"
+            )
+        if len(set(self.top_ids)) != len(self.top_ids):
+            raise ValueError("top_ids: expected different tokens")
+        return self
 
 
 class PrefixManifest(_Frozen):
@@ -152,6 +199,7 @@ class PrefixManifest(_Frozen):
     rope_theta: float | None = Field(default=None, gt=0)
     base_model: BaseModelRef = BaseModelRef()
     generation: GenerationDefaults = GenerationDefaults()
+    probe: Probe | None = None
     description: str | None = Field(default=None, max_length=1024)
     training: dict[str, JsonValue] = {}
     source: dict[str, JsonValue] = {}

@@ -113,6 +113,12 @@ class PrefixStore:
             self._backend.stage(), self._catalog, self._retention, self._base, self._limits
         )
 
+    def check_preconditions(
+        self, task: str, *, if_match: str | None = None, if_none_match: bool = False
+    ) -> None:
+        """Whether an upload's commit would hold now, to spare the work before it. Raises as it does."""
+        self._catalog.check_preconditions(task, if_match=if_match, if_none_match=if_none_match)
+
     def put(
         self,
         task: str,
@@ -122,7 +128,7 @@ class PrefixStore:
         if_match: str | None = None,
         if_none_match: bool = False,
     ) -> PutResult:
-        """Upload an artifact that is in memory. Raises as `Upload.write` and `Upload.commit` do."""
+        """Upload an artifact that is in memory, judged but not tried on the model. Raises as `Upload.write` and `Upload.commit` do."""
         with self.begin_upload() as upload:
             upload.write(data)
             return upload.commit(

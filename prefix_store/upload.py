@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from types import TracebackType
 
+from prefix_store.artifact import Prefix
 from prefix_store.backends.base import StagedBlob
 from prefix_store.catalog import Catalog
 from prefix_store.errors import ArtifactTooLarge, DigestMismatch, Problem, StoreFailed
@@ -18,7 +19,7 @@ from prefix_store.header import LENGTH_BYTES, MAX_HEADER_BYTES, read_header
 from prefix_store.importers.incoming import Incoming, recognise
 from prefix_store.importers.recognition import ImportOptions
 from prefix_store.retention import Retention
-from prefix_store.spec import BaseSpec, PrefixManifest, PrefixVersion, digest_of
+from prefix_store.spec import BaseSpec, PrefixVersion, digest_of
 from prefix_store.validation import (
     Limits,
     accept,
@@ -54,6 +55,7 @@ class Upload:
         self._retention = retention
         self._base = base
         self._limits = limits
+        self._judged: Prefix | None = None  # what the bytes are, once they were found servable
         self._lock = threading.RLock()  # a file closed under its reader might be another's by then
         self._max_bytes = max_artifact_bytes(base, limits.max_num_virtual_tokens)
 
@@ -76,6 +78,7 @@ class Upload:
                     raise ArtifactTooLarge(
                         f"more than {self._max_bytes} bytes, the most that a prefix for this model can have"
                     )
+                self._judged = None
                 self._staged.write(chunk)
             except BaseException:
                 self.abort()
@@ -97,6 +100,29 @@ class Upload:
             content = found.read(self._read_back(), self._staged.digest)
             return Incoming(found.recognition, content)
 
+    def judge(self, *, expected_sha256: str | None = None) -> Prefix:
+        """The prefix that the bytes are, proved servable by all that can be read off them.
+
+        Header first: memory for the whole artifact is taken only for one that could be right. Raises
+        `DigestMismatch`, `MalformedArtifact`, `IncompatiblePrefix`, `StoreFailed`.
+        """
+        with self._lock:
+            self._check_digest(expected_sha256)
+            head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
+            require_compatible(read_header(head, self._staged.num_bytes), self._base, self._limits)
+            self._judged = accept(self._read_back(), self._staged.digest, self._base, self._limits)
+            return self._judged
+
+    @property
+    def digest(self) -> str:
+        """Of the bytes so far."""
+        return self._staged.digest
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes there are so far."""
+        return self._staged.num_bytes
+
     def commit(
         self,
         task: str,
@@ -106,7 +132,7 @@ class Upload:
         if_none_match: bool = False,
         expected_sha256: str | None = None,
     ) -> PutResult:
-        """Prove the bytes and make them a version of `task`, with `activate` the live one; durable on return.
+        """Judge the bytes, unless that was done, and make them a version of `task`, with `activate` the live one; durable on return.
 
         `if_match`, `if_none_match`: as in `Catalog.check_preconditions`. `expected_sha256`: the digest
         that the caller announced, with or without `sha256:` before it. Raises `InvalidTaskName`,
@@ -116,8 +142,7 @@ class Upload:
         with self._lock, self:  # leaving aborts, which after publishing only tidies up
             # Asked now to spare the work, and again when the record is written.
             self._catalog.check_preconditions(task, if_match=if_match, if_none_match=if_none_match)
-            self._check_digest(expected_sha256)
-            manifest = self._prove()
+            manifest = (self._judged or self.judge(expected_sha256=expected_sha256)).manifest
             digest, size_bytes = self._staged.digest, self._staged.num_bytes
             with self._retention.naming(digest):
                 self._staged.publish()
@@ -135,18 +160,13 @@ class Upload:
     def abort(self) -> None:
         """Drop what was written. Harmless after `commit` and when repeated."""
         with self._lock:
+            self._judged = None
             self._staged.discard()
 
     def _check_digest(self, expected: str | None) -> None:
         got = self._staged.digest
         if expected is not None and expected.lower().removeprefix("sha256:") != got[7:]:
             raise DigestMismatch([Problem("", f"the bytes received have the digest {got}")])
-
-    def _prove(self) -> PrefixManifest:
-        """Header first: memory for the whole artifact is taken only for one that could be right."""
-        head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
-        require_compatible(read_header(head, self._staged.num_bytes), self._base, self._limits)
-        return accept(self._read_back(), self._staged.digest, self._base, self._limits).manifest
 
     def _read_back(self) -> bytearray:
         data = self._staged.read()

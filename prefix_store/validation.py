@@ -151,11 +151,22 @@ def _check_rope_theta(header: ArtifactHeader, base: BaseSpec) -> Iterator[Proble
     yield Problem("/manifest/rope_theta", detail)
 
 
-def _check_fingerprint(header: ArtifactHeader, base: BaseSpec) -> Iterator[Problem]:
-    got = header.manifest.base_model.fingerprint
-    if got is not None and got != base.fingerprint:
-        detail = f"trained on a base with fingerprint {got}, the base model has {base.fingerprint}"
-        yield Problem("/manifest/base_model/fingerprint", detail)
+def _check_fingerprints(header: ArtifactHeader, base: BaseSpec) -> Iterator[Problem]:
+    """The weights, the settings and the tokenizer each, so that the refusal names what differs."""
+    ref = header.manifest.base_model
+    for field, what, got, expected in (
+        ("fingerprint", "weights", ref.fingerprint, base.fingerprint),
+        ("config_fingerprint", "settings", ref.config_fingerprint, base.config_fingerprint),
+        (
+            "tokenizer_fingerprint",
+            "tokenizer",
+            ref.tokenizer_fingerprint,
+            base.tokenizer_fingerprint,
+        ),
+    ):
+        if got is not None and expected is not None and got != expected:
+            detail = f"trained on a base whose {what} fingerprint is {got}, the base model's is {expected}"
+            yield Problem(f"/manifest/base_model/{field}", detail)
 
 
 def _check_vocab_size(header: ArtifactHeader, base: BaseSpec) -> Iterator[Problem]:
@@ -170,6 +181,20 @@ def _check_positions(header: ArtifactHeader, base: BaseSpec) -> Iterator[Problem
     if limit is not None and first + 1 > limit:
         detail = f"requests would start at position {first}, the base model has {limit} positions"
         yield Problem("/manifest/token_start", detail)
+
+
+def _check_probe(header: ArtifactHeader, base: BaseSpec) -> Iterator[Problem]:
+    probe = header.manifest.probe
+    if probe is None:
+        return
+    for field, ids in (("input_ids", probe.input_ids), ("top_ids", probe.top_ids)):
+        if max(ids) >= base.vocab_size:
+            detail = f"probe.{field} holds {max(ids)}, the base model has {base.vocab_size} tokens"
+            yield Problem(f"/manifest/probe/{field}", detail)
+    end, limit = header.manifest.first_position + len(probe.input_ids), base.position_limit
+    if limit is not None and end > limit:
+        detail = f"the probe ends at position {end}, the base model has {limit} positions"
+        yield Problem("/manifest/probe/input_ids", detail)
 
 
 def _check_length(manifest: PrefixManifest, limits: Limits) -> list[Problem]:
@@ -187,9 +212,10 @@ _HEADER_RULES: Final[tuple[Callable[[ArtifactHeader, BaseSpec], Iterable[Problem
     _check_model_type,
     _check_k_space,
     _check_rope_theta,
-    _check_fingerprint,
+    _check_fingerprints,
     _check_vocab_size,
     _check_positions,
+    _check_probe,
 )
 
 

@@ -24,6 +24,7 @@ from server.config import ServeConfig
 from server.engine.admission import EngineLimits
 from server.engine.async_engine import AsyncEngine, EngineObserver
 from server.engine.core import EngineParts
+from server.engine.intake import Intake
 from server.engine.prefix_compiler import PrefixCompiler
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ from server.model.baker import Baker
 from server.model.base_spec import base_spec
 from server.model.device import available_bytes, pick_device
 from server.model.loader import LoadedModel, load_model
+from server.model.prover import Prover
 from server.model.runner import ModelRunner
 from server.model.self_check import self_check
 from server.types import prefix_ref
@@ -62,7 +64,7 @@ class ServingEngine:
     store: PrefixStore
     pool: PoolPlan
     engine: AsyncEngine
-    compiler: PrefixCompiler
+    intake: Intake
 
     @property
     def is_demo(self) -> bool:
@@ -125,7 +127,7 @@ def build(config: ServeConfig) -> Application:
     services = Services(
         engine=serving.engine,
         store=serving.store,
-        compiler=serving.compiler,
+        intake=serving.intake,
         metrics=metrics,
         model_id=model.model_id,
         base_fingerprint=base.fingerprint,
@@ -171,7 +173,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     )
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
     tokenizer = Tokenizer.load(source_id, revision=config.revision)
-    base = base_spec(model)
+    base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
     pool = plan_for(config, model)
     store = PrefixStore.open(
         config.store_dir,
@@ -200,7 +202,8 @@ def assemble_engine(
     """
     engine = _wire(config, model, backend, tokenizer, store, pool, observer)
     compiler = PrefixCompiler(engine.run, Baker(model, backend), store.base, store.limits)
-    return ServingEngine(config, model, store.base, tokenizer, store, pool, engine, compiler)
+    intake = Intake(store, compiler, Prover(model, backend), engine.run)
+    return ServingEngine(config, model, store.base, tokenizer, store, pool, engine, intake)
 
 
 def _dtype(config: ServeConfig) -> str:

@@ -18,6 +18,7 @@ from typing import IO, Annotated, Any, Final
 from cyclopts import Parameter
 
 from server.cli_client import AdminKey, CommandFailed, Url, call, stream, task_path
+from server.cli_report import lines_of
 
 _PIECE: Final = 2**18
 Advance = Callable[[int], None]
@@ -28,30 +29,56 @@ def push(
     *,
     task: Annotated[str | None, Parameter(help="The file's name if left out")] = None,
     activate: Annotated[bool, Parameter(help="Make it the live version")] = True,
+    dry_run: Annotated[bool, Parameter(negative=(), help="Prove it only; store nothing")] = False,
+    rebase: Annotated[
+        bool, Parameter(negative=(), help="Rotate its keys so that requests start behind it")
+    ] = False,
+    peft_type: Annotated[str | None, Parameter(help="Where a PEFT file fits several")] = None,
+    task_index: Annotated[int | None, Parameter(help="Which task of a multitask file")] = None,
     url: Url = None,
     admin_key: AdminKey = None,
 ) -> str:
     """Upload FILE as a version of a task, and make it live."""
+    given = {
+        "activate": None if activate else "false",
+        "dry_run": "true" if dry_run else None,
+        "rebase": "true" if rebase else None,
+        "peft_type": peft_type,
+        "task_index": task_index,
+    }
+    params = {name: str(value) for name, value in given.items() if value is not None}
     try:
-        num_bytes, sha = _measure(file)
-        with file.open("rb") as body, _progress(f"push {file.name}", num_bytes) as advance:
-            answer = call(
-                "PUT",
-                task_path(task or file.stem, "" if activate else "?activate=false"),
-                url,
-                admin_key,
-                content=_pieces(body, advance),
-                headers={
-                    "content-digest": f"sha-256=:{base64.b64encode(sha).decode()}:",
-                    "content-type": "application/octet-stream",
-                    "content-length": str(num_bytes),
-                },
-            ).json()
+        answer = _sent(file, task_path(task or file.stem), params, url, admin_key)
     except OSError as error:
         raise CommandFailed(f"{file}: {error.strerror}") from None
-    lines = [f"{answer['task']}@v{answer['version']}  {answer['digest']}  {_state(answer)}"]
-    lines += [f"warning: {warning}" for warning in answer["warnings"]]
-    return "\n".join(lines)
+    if dry_run:
+        lines = [f"{answer['task']}  {answer['digest']}  nothing was stored"]
+    else:
+        lines = [f"{answer['task']}@v{answer['version']}  {answer['digest']}  {_state(answer)}"]
+    return "\n".join([*lines, *lines_of(answer)])
+
+
+def _sent(
+    file: Path, path: str, params: dict[str, str], url: str | None, admin_key: str | None
+) -> dict[str, Any]:
+    """The answer to an upload of `file`. Raises `OSError` if it can not be read, `CommandFailed`."""
+    num_bytes, sha = _measure(file)
+    with file.open("rb") as body, _progress(f"push {file.name}", num_bytes) as advance:
+        response = call(
+            "PUT",
+            path,
+            url,
+            admin_key,
+            params=params,
+            content=_pieces(body, advance),
+            headers={
+                "content-digest": f"sha-256=:{base64.b64encode(sha).decode()}:",
+                "content-type": "application/octet-stream",
+                "content-length": str(num_bytes),
+            },
+        )
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 def pull(

@@ -31,7 +31,7 @@ LONGER_FOR_A_REASON = {
     "server/metrics.py": 400,  # every series in one file; a list, not a depth
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
-BUDGET_LINES = {"server": 9_400, "prefix_store": 4_600, "demo": 2_500, "converter": 1_300}
+BUDGET_LINES = {"server": 10_200, "prefix_store": 4_700, "demo": 2_500, "converter": 1_300}
 
 # The only readers of pickled files; no server process imports them.
 READS_PICKLES = {"converter/checkpoints.py": ["torch.load"]}

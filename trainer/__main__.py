@@ -14,6 +14,7 @@ from rich.text import Text
 from prefix_store.errors import PrefixStoreError
 from server.errors import ConfigError, PrefixdError
 from trainer.cli_evaluate import evaluate, hand_over
+from trainer.errors import BadSetting
 
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         app(tokens, exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")
     except CycloptsError:  # already shown
         sys.exit(USAGE_ERROR)
-    except ConfigError as error:
+    except (ConfigError, BadSetting) as error:
         _show_error(error)
         sys.exit(USAGE_ERROR)
     except (PrefixdError, PrefixStoreError) as error:

@@ -83,11 +83,11 @@ class EngineInProcess:
         base: BaseSpec | None = None,
         max_num_seqs: int = MAX_NUM_SEQS,
     ) -> None:
-        """`base`: what `base_spec(model)` gave, if the caller has it; it reads all the weights."""
+        """`base`: what `base_spec` gave for both, if the caller has it; it reads all the weights."""
         self._model = model
         self._tokenizer = tokenizer
         with own_attention(model):
-            self.base = base or base_spec(model)
+            self.base = base or base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
         self._max_num_seqs = max_num_seqs
         self._store = PrefixStore(
             MemoryBackend(),

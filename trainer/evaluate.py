@@ -21,7 +21,7 @@ from server.engine.tokenizer import Tokenizer
 from server.types import FinishReason, SamplingParams
 from trainer.encoding import EncodedExample
 from trainer.engine_in_process import Completion, EngineInProcess, Progress, Prompt
-from trainer.errors import TrainerError
+from trainer.errors import BadData
 from trainer.evaluation import (
     LOSS,
     NO_PREFIX,
@@ -79,9 +79,9 @@ def evaluate(
     settings: EvaluationSettings,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """The whole judgement. Raises `PrefixRejected` for an artifact that a server would refuse, and `TrainerError`."""
+    """The whole judgement. Raises `PrefixRejected` for an artifact that a server would refuse, and `BadData`."""
     if not examples:
-        raise TrainerError("no held-out examples: there is nothing to evaluate on")
+        raise BadData("no held-out examples: there is nothing to evaluate on")
     prefix = engine.prefix(artifact)
     text, note = _text_prompt(settings, prefix)
     conditions = _conditions(tokenizer, artifact, examples, text)

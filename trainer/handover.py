@@ -20,7 +20,7 @@ from rich.table import Table
 from server.cli_client import CommandFailed, call, server_address, task_path
 from trainer.encoding import EncodedExample
 from trainer.engine_in_process import Progress
-from trainer.errors import TrainerError
+from trainer.errors import BadData
 from trainer.evaluate import max_tokens_for
 from trainer.metrics import METRICS, Rows
 from trainer.promotion_rule import PromotionRule
@@ -92,11 +92,11 @@ def hand_over(
 ) -> HandOver:
     """Uploads, judges, and promotes if `rule` holds. `metrics`: more to show beside the rule's own.
 
-    Raises `CommandFailed` when the server refuses or can not be reached, `TrainerError` without examples. The upload
+    Raises `CommandFailed` when the server refuses or can not be reached, `BadData` without examples. The upload
     stays as a stored version whatever comes of it.
     """
     if not examples:
-        raise TrainerError("no held-out examples: there is nothing to judge the new version by")
+        raise BadData("no held-out examples: there is nothing to judge the new version by")
     candidate = _upload(server, artifact, task)
     live = _live_version(server, task)
     shown = list(dict.fromkeys([rule.metric, *metrics]))

@@ -8,7 +8,7 @@ from typing import Any
 
 from server.engine.tokenizer import Tokenizer
 from trainer.encoding import EncodedExample
-from trainer.errors import TrainerError
+from trainer.errors import BadData
 
 
 def read_held_out(
@@ -16,13 +16,13 @@ def read_held_out(
 ) -> list[EncodedExample]:
     """The examples of a JSONL file with `prompt` and `completion` in each line; blank lines are none.
 
-    A completion ends with the model's end of text, as a right answer does when it is generated. Raises `TrainerError`
+    A completion ends with the model's end of text, as a right answer does when it is generated. Raises `BadData`
     with the number of the first line that is not so.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TrainerError(f"{path}: {error}") from None
+        raise BadData(f"{path}: {error}") from None
     end = tuple(sorted(end_token_ids))[:1]
     examples = []
     for number, line in enumerate(lines, start=1):
@@ -36,13 +36,13 @@ def _texts(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
         value: Any = json.loads(line)
     except ValueError as error:
-        raise TrainerError(f"{path}, line {number}: not JSON: {error}") from None
+        raise BadData(f"{path}, line {number}: not JSON: {error}") from None
     texts = [
         value.get(key) if isinstance(value, dict) else None for key in ("prompt", "completion")
     ]
     prompt, completion = texts
     if not (isinstance(prompt, str) and prompt and isinstance(completion, str) and completion):
-        raise TrainerError(
+        raise BadData(
             f"{path}, line {number}: expected an object with the texts 'prompt' and 'completion', "
             "neither of them empty"
         )

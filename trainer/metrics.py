@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from trainer.errors import TrainerError
+from trainer.errors import BadSetting, TrainerError
 
 Rows = list[tuple[float, ...]]
 """One row of sums for each example."""
@@ -188,7 +188,7 @@ METRICS: Final[dict[str, Metric]] = {
 
 
 def require_known(names: Sequence[str]) -> None:
-    """Raises `TrainerError` for a name that is no metric of generated text."""
+    """Raises `BadSetting` for a name that is no metric of generated text."""
     for name in names:
         if name not in METRICS:
-            raise TrainerError(f"metric {name!r}: expected one of {', '.join(METRICS)}")
+            raise BadSetting(f"metric {name!r}: expected one of {', '.join(METRICS)}")

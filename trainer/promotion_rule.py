@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from trainer.errors import TrainerError
+from trainer.errors import BadSetting
 from trainer.metrics import METRICS
 
 _COMPARISONS: Final[dict[str, Callable[[float, float], bool]]] = {
@@ -31,7 +31,7 @@ _LIVE: Final = "live"
 _TOLERANCE: Final = 1e-9  # 96.5 + 0.5 must not miss 97.0 for the way in which it was added up
 
 
-class BadRule(TrainerError):
+class BadRule(BadSetting):
     """The rule can not be read; the message says what was expected, and where."""
 
 

@@ -19,12 +19,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from demo import BASE_MODEL_ID, MODEL_DIR, PREFIXES_DIR, SAMPLES_FILE, SCORES_FILE, Sample
 from demo.build import prefixes, scores
 from demo.build.base import load_base
-from demo.build.decoding import TENSOR_NAME, complete, load_prefix
+from demo.build.decoding import TENSOR_NAME, complete, load_prefix, probe_of
 from demo.build.tasks import TASKS, Task, examples
-from demo.build.tokenizer import load_tokenizer
+from demo.build.tokenizer import encode, load_tokenizer
 from prefix_store.artifact import save
-from prefix_store.fingerprint import base_fingerprint
-from prefix_store.spec import BaseModelRef, GenerationDefaults, PrefixManifest
+from prefix_store.fingerprint import base_model_ref
+from prefix_store.spec import GenerationDefaults, PrefixManifest
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +75,19 @@ def training_record(task: Task, record: dict[str, float], validation: float) -> 
     }
 
 
-def artifact_tensors(prefix: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def artifact_tensors(prefix: torch.Tensor) -> dict[str, torch.Tensor]:
     """``[L, 2, P, H, D]`` as the artifact's per-layer tensors."""
     return {
-        TENSOR_NAME.format(layer=layer, kind=kind): prefix[layer, index].to(dtype).contiguous()
+        TENSOR_NAME.format(layer=layer, kind=kind): prefix[layer, index].contiguous()
         for layer in range(prefix.shape[0])
         for index, kind in enumerate(("k", "v"))
     }
+
+
+def sample_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+    """The tokens of the first validation prompt."""
+    [item] = examples(task, prefixes.VALIDATION_SEED, 1, "train")
+    return encode(tokenizer, item.prompt)
 
 
 def export_prefix(
@@ -94,24 +100,22 @@ def export_prefix(
     rounded = validation_match(model, tokenizer, task, prefix.bfloat16().float())
     small = full - rounded <= BF16_MAX_LOSS
     record = json.loads(path.with_suffix(".json").read_text())
+    dtype = torch.bfloat16 if small else torch.float32
+    stored = prefix.to(dtype)
     manifest = PrefixManifest(
         num_virtual_tokens=prefix.shape[2],
         token_start=prefix.shape[2],
         k_space="post_rope",
         model_type=model.config.model_type,
         rope_theta=float(model.config.rope_parameters["rope_theta"]),
-        base_model=BaseModelRef(
-            id=BASE_MODEL_ID,
-            fingerprint=base_fingerprint(model),
-            vocab_size=model.config.vocab_size,
-        ),
+        base_model=base_model_ref(model, tokenizer, model_id=BASE_MODEL_ID),
+        probe=probe_of(model, stored.float(), sample_ids(tokenizer, task)),
         generation=GenerationDefaults(max_tokens=scores.MAX_NEW_TOKENS, temperature=0.0),
         description=task.description,
         training=training_record(task, record, rounded if small else full),
     )
-    dtype = torch.bfloat16 if small else torch.float32
     PREFIXES_DIR.mkdir(exist_ok=True)
-    save(PREFIXES_DIR / f"{task.name}.safetensors", artifact_tensors(prefix, dtype), manifest)
+    save(PREFIXES_DIR / f"{task.name}.safetensors", artifact_tensors(stored), manifest)
     log.info("%s validation fp32 %.1f bf16 %.1f, stored as %s", task.name, full, rounded, dtype)
 
 

@@ -39,11 +39,7 @@ def native_artifact(
         k_space="post_rope" if base.position_scheme == "rope" else "none",
         model_type=base.model_type,
         rope_theta=base.rope_theta,
-        base_model=BaseModelRef(
-            id=base.model_id if base_is_known else None,
-            fingerprint=base.fingerprint if base_is_known else None,
-            vocab_size=base.vocab_size if base_is_known else None,
-        ),
+        base_model=base.as_ref() if base_is_known else BaseModelRef(),
         source=provenance.as_source(),
     )
     return encode(manifest, keys, values)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from prefix_store.fingerprint import tokenizer_fingerprint
 from server.errors import InvalidParameter
 
 _INCOMPLETE: Final = "\ufffd"  # what a decoder gives for the first bytes of a character
@@ -34,6 +35,10 @@ class Tokenizer:
         return cls(
             AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
         )
+
+    def fingerprint(self) -> str:
+        """Which tokenizer it is, by what it does."""
+        return tokenizer_fingerprint(self._tokenizer)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids, with the special tokens that the model's tokenizer adds by default."""

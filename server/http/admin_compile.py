@@ -6,12 +6,10 @@ if each began with that text, which is computed once.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,15 +17,15 @@ from prefix_store.importers.recognition import Provenance, Recognition
 from server.errors import InvalidParameter
 from server.http.admin import note
 from server.http.admin_write import (
-    Conditions,
+    check_conditions,
     check_name,
+    conditions_of,
     counted,
-    exists,
     proving_slot,
     stored,
+    tried,
 )
 from server.http.json_body import read_object, validated
-from server.http.preconditions import if_match, if_none_match
 from server.http.schemas import TokenIds
 from server.http.services import Services, services_of
 
@@ -53,26 +51,26 @@ class CompileRequest(BaseModel):
     )
 
 
-async def compile_task(request: Request, task: str, activate: bool = True) -> Response:
+async def compile_task(
+    request: Request, task: str, activate: bool = True, dry_run: bool = False
+) -> Response:
     """Bakes a prompt into a version, and with `activate` makes it live: 201 for a new task, else 200."""
     services = services_of(request)
     note(request, task=task)
     with counted(services):
         check_name(services, task)
         body = validated(CompileRequest, await read_object(request, services.max_body_bytes))
-        conditions: Conditions = {
-            "activate": activate,
-            "if_match": if_match(request),
-            "if_none_match": if_none_match(request),
-        }
+        conditions = conditions_of(request, activate)
+        check_conditions(services.store, task, conditions)
         token_ids, assumed = await _tokens(services, body)
         provenance = _provenance(token_ids, assumed, body)
-        async with proving_slot(request):
-            existed = exists(services.store, task)
-            artifact = await services.compiler.compile(token_ids, provenance)
-            put = functools.partial(services.store.put, task, artifact, **conditions)
-            result = await run_in_threadpool(put)
-    return await stored(request, existed, result, provenance.recognition)
+        async with (
+            proving_slot(request),
+            services.intake.compiled(token_ids, provenance) as examined,
+        ):
+            if dry_run:
+                return tried(request, task, examined)
+            return await stored(request, task, examined, conditions)
 
 
 async def _tokens(

@@ -8,9 +8,6 @@ Runs on the event loop; writing and proving happen in worker threads. The body i
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
-from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
 from fastapi import Query
@@ -19,23 +16,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prefix_store.errors import ArtifactTooLarge
-from prefix_store.importers.recognition import ImportOptions, Recognition, recognition_of
-from prefix_store.importers.soft_prompt import SoftPrompt
-from prefix_store.store import PrefixStore
-from prefix_store.upload import PutResult, Upload
+from prefix_store.importers.recognition import ImportOptions
+from prefix_store.upload import Upload
 from server.http.admin import note
 from server.http.admin_write import (
-    Conditions,
+    check_conditions,
     check_name,
+    conditions_of,
     counted,
-    exists,
     proving_slot,
     stored,
+    tried,
 )
 from server.http.errors import BodyTooSlow
 from server.http.json_body import require_identity
-from server.http.preconditions import content_sha256, if_match, if_none_match
-from server.http.services import Services, services_of
+from server.http.preconditions import content_sha256
+from server.http.services import services_of
 
 STALL_SECONDS: Final = 60.0
 _WRITE_BYTES: Final = 2**20
@@ -48,11 +44,13 @@ async def put_task(
     peft_type: Annotated[str | None, Query(max_length=64)] = None,
     rebase: bool = False,
     activate: bool = True,
+    dry_run: bool = False,
 ) -> Response:
     """Uploads a version, and with `activate` makes it live: 201 for a new task, else 200.
 
-    The body is a native artifact or a bare PEFT adapter; the answer says what it was taken for.
-    `task_index`, `peft_type`: see `ImportOptions`. `rebase`: rotate the keys so that requests start at P.
+    The body is a native artifact or a bare PEFT adapter; the answer says what it was taken for and what was
+    proved. `task_index`, `peft_type`: see `ImportOptions`. `rebase`: rotate the keys so that requests start
+    at P. `dry_run`: all of it but the storing.
     """
     services = services_of(request)
     options = ImportOptions(peft_type, task_index, rebase)
@@ -61,36 +59,18 @@ async def put_task(
         check_name(services, task)
         _check_length(request, services.store.max_artifact_bytes)
         require_identity(request)
-        existed, result, found = await _upload(request, services, task, options, activate)
-    return await stored(request, existed, result, found)
-
-
-async def _upload(
-    request: Request, services: Services, task: str, options: ImportOptions, activate: bool
-) -> tuple[bool, PutResult, Recognition]:
-    expected = content_sha256(request)
-    conditions: Conditions = {
-        "activate": activate,
-        "if_match": if_match(request),
-        "if_none_match": if_none_match(request),
-    }
-    async with _open_upload(services.store) as upload:
-        await _receive(request, upload)
-        async with proving_slot(request):
-            existed = exists(services.store, task)
-            translate = functools.partial(upload.translate, options, expected_sha256=expected)
-            incoming = await run_in_threadpool(translate)
-            if incoming is None:
-                commit = functools.partial(
-                    upload.commit, task, expected_sha256=expected, **conditions
-                )
-                result = await run_in_threadpool(commit)
-                return existed, result, recognition_of(result.version.manifest)
-            content = incoming.content
-            if isinstance(content, SoftPrompt):
-                content = await services.compiler.bake(content)
-            put = functools.partial(services.store.put, task, content, **conditions)
-            return existed, await run_in_threadpool(put), incoming.recognition
+        expected = content_sha256(request)
+        conditions = conditions_of(request, activate)
+        async with services.intake.upload() as upload:
+            await _receive(request, upload)
+            check_conditions(services.store, task, conditions)
+            async with (
+                proving_slot(request),
+                services.intake.examined(upload, options, expected_sha256=expected) as examined,
+            ):
+                if dry_run:
+                    return tried(request, task, examined)
+                return await stored(request, task, examined, conditions)
 
 
 def _check_length(request: Request, limit: int) -> None:
@@ -100,15 +80,6 @@ def _check_length(request: Request, limit: int) -> None:
         raise ArtifactTooLarge(
             f"{length[:19]} bytes; a prefix for this model has at most {limit} bytes"
         )
-
-
-@contextlib.asynccontextmanager
-async def _open_upload(store: PrefixStore) -> AsyncIterator[Upload]:
-    upload = await run_in_threadpool(store.begin_upload)
-    try:
-        yield upload
-    finally:
-        await run_in_threadpool(upload.abort)
 
 
 async def _receive(request: Request, upload: Upload) -> None:

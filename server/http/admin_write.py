@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Final, TypedDict
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
 from prefix_store.errors import InvalidTaskName, PrefixStoreError, UnknownTask
-from prefix_store.importers.recognition import Recognition
 from prefix_store.spec import check_task_name
 from prefix_store.store import PrefixStore
-from prefix_store.upload import PutResult
+from server.engine.intake import Examined
 from server.errors import RequestError
 from server.http.admin import described, etag_of, note, noted
 from server.http.admin_aliases import follow_pin
 from server.http.json_text import json_response
+from server.http.preconditions import if_match, if_none_match
 from server.http.services import Services, services_of
 
 MAX_PROVING: Final = 2
@@ -34,6 +36,22 @@ class Conditions(TypedDict):
     activate: bool
     if_match: str | None
     if_none_match: bool
+
+
+def conditions_of(request: Request, activate: bool) -> Conditions:
+    """The request's conditions. Raises `InvalidParameter`."""
+    return {
+        "activate": activate,
+        "if_match": if_match(request),
+        "if_none_match": if_none_match(request),
+    }
+
+
+def check_conditions(store: PrefixStore, task: str, conditions: Conditions) -> None:
+    """Raises `PreconditionFailed` if the write would fail for it now, to spare the work."""
+    store.check_preconditions(
+        task, if_match=conditions["if_match"], if_none_match=conditions["if_none_match"]
+    )
 
 
 def check_name(services: Services, task: str) -> None:
@@ -69,15 +87,17 @@ def counted(services: Services) -> Iterator[None]:
 
 
 async def stored(
-    request: Request, existed: bool, result: PutResult, found: Recognition
+    request: Request, task: str, examined: Examined, conditions: Conditions
 ) -> Response:
-    """The answer to a write that held, noted for the audit log: 201 for a new task, else 200."""
+    """Makes an examined prefix a version of `task`: 201 for a new task, else 200; noted for the audit log."""
     services = services_of(request)
+    existed = exists(services.store, task)
+    result = await run_in_threadpool(functools.partial(examined.upload.commit, task, **conditions))
     noted(request, result.version)
     note(request, created=result.created, activated=result.activated)
-    warnings = [*result.warnings]
+    report = examined.report()
     if result.activated:
-        warnings += await follow_pin(services, result.version)
+        report["warnings"] += await follow_pin(services, result.version)
     services.metrics.welcome_task(result.version.task)
     services.metrics.admin_operation("upload", "created" if result.created else "unchanged")
     answer = {
@@ -85,9 +105,22 @@ async def stored(
         **described(result.version),
         "created": result.created,
         "activated": result.activated,
-        "recognised": found.recognised,
-        "assumed": list(found.assumed),
-        "unverified": list(found.unverified),
-        "warnings": warnings,
+        **report,
     }
     return json_response(answer, 200 if existed else 201, etag_of(result.version))
+
+
+def tried(request: Request, task: str, examined: Examined) -> Response:
+    """The answer to a dry run: what a write would have found; nothing is stored."""
+    note(request, dry_run=True, digest=examined.upload.digest)
+    services_of(request).metrics.admin_operation("upload", "dry_run")
+    answer = {
+        "object": "dry_run",
+        "task": task,
+        "digest": examined.upload.digest,
+        "size": examined.upload.num_bytes,
+        "num_virtual_tokens": examined.manifest.num_virtual_tokens,
+        "description": examined.manifest.description,
+        **examined.report(),
+    }
+    return json_response(answer)

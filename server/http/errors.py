@@ -81,6 +81,7 @@ ERROR_KINDS: Final[dict[type[Exception], ErrorKind]] = {
     store.IncompatiblePrefix: ErrorKind(422, _CALLER, "incompatible_prefix"),
     store.ImportRefused: ErrorKind(422, _CALLER, "import_refused"),
     store.AmbiguousFormat: ErrorKind(422, _CALLER, "ambiguous_format"),
+    store.ProofFailed: ErrorKind(422, _CALLER, "proof_failed"),
     store.RebaseRefused: ErrorKind(422, _CALLER, "rebase_refused"),
     store.DigestMismatch: ErrorKind(400, _CALLER, "digest_mismatch"),
     store.ArtifactTooLarge: ErrorKind(413, _CALLER, "artifact_too_large", closes=True),

@@ -9,9 +9,8 @@ from typing import Protocol
 from starlette.requests import Request
 
 from prefix_store.audit_log import AuditLog
-from prefix_store.importers.recognition import Provenance
-from prefix_store.importers.soft_prompt import SoftPrompt
 from prefix_store.store import PrefixStore
+from server.engine.intake import Intake
 from server.metrics import Metrics
 from server.types import DeviceReport, GenerationRequest, PinState, PrefixRef, RequestOutput
 
@@ -66,14 +65,6 @@ class Engine(Protocol):
     def status(self) -> EngineHealth: ...
 
 
-class Compiler(Protocol):
-    """`server.engine.prefix_compiler.PrefixCompiler`."""
-
-    async def bake(self, soft: SoftPrompt) -> bytes: ...
-
-    async def compile(self, token_ids: tuple[int, ...], provenance: Provenance) -> bytes: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """`admin_key` None closes the admin API; `api_key` None opens inference to everyone.
@@ -83,7 +74,7 @@ class Services:
 
     engine: Engine
     store: PrefixStore
-    compiler: Compiler
+    intake: Intake
     metrics: Metrics
     model_id: str
     base_fingerprint: str

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
+from typing import Any
 
+import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig
 
-from prefix_store.fingerprint import base_fingerprint
+import demo
+from prefix_store.fingerprint import (
+    base_fingerprint,
+    base_model_ref,
+    config_fingerprint,
+    tokenizer_fingerprint,
+)
+from tests.tiny_models import VOCAB, tiny_model
 
 
 def model(seed: int = 0, width: int = 50) -> torch.nn.Module:
@@ -56,3 +67,70 @@ def test_the_cost_does_not_grow_with_the_weights() -> None:
     started = time.monotonic()
     base_fingerprint(Wide())
     assert time.monotonic() - started < 2  # well under a second on an idle machine
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(hidden_size=48, num_attention_heads=6, **changes)
+
+
+def test_settings_that_change_what_the_weights_compute_change_the_fingerprint() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    changed = [
+        llama_config(),
+        llama_config(rms_norm_eps=1e-5),
+        llama_config(hidden_act="gelu"),
+        llama_config(num_key_value_heads=3),
+        llama_config(rope_parameters=rope),
+        llama_config(tie_word_embeddings=True),
+    ]
+    assert len({config_fingerprint(config) for config in changed}) == len(changed)
+
+
+def test_settings_that_compute_nothing_leave_the_fingerprint() -> None:
+    others = llama_config(use_cache=False, bos_token_id=7, name_or_path="somewhere/else")
+    others.transformers_version = "99.0"
+    others.a_field_of_a_later_release = True
+    assert config_fingerprint(others) == config_fingerprint(llama_config())
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(str(demo.MODEL_DIR))
+
+
+def test_the_same_tokenizer_loaded_again_has_the_same_fingerprint(tokenizer: Any) -> None:
+    again = AutoTokenizer.from_pretrained(str(demo.MODEL_DIR))
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_tokenizer_with_more_tokens_or_other_special_ones_has_another_fingerprint(
+    tokenizer: Any,
+) -> None:
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(larger) != tokenizer_fingerprint(tokenizer)
+
+    class WithBeginning:
+        """The same tokens, and one more before every text."""
+
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1, *tokenizer(text)["input_ids"]]}
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            tokens: list[str] = tokenizer.convert_ids_to_tokens(ids)
+            return tokens
+
+    assert tokenizer_fingerprint(WithBeginning()) != tokenizer_fingerprint(tokenizer)
+
+
+def test_a_reference_names_weights_settings_and_tokenizer(tokenizer: Any) -> None:
+    module = tiny_model("llama")
+    ref = base_model_ref(module, tokenizer, model_id="org/name")
+    assert ref.fingerprint == base_fingerprint(module)
+    assert ref.config_fingerprint == config_fingerprint(module.config)
+    assert ref.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+    assert (ref.id, ref.vocab_size) == ("org/name", VOCAB)
+    assert base_model_ref(module).tokenizer_fingerprint is None

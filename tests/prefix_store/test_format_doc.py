@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from prefix_store.header import FILE_DTYPES, LENGTH_BYTES, MAX_HEADER_BYTES
 from prefix_store.manifest import MAX_NESTING
 from prefix_store.spec import FORMAT_VERSION, PrefixManifest
 from prefix_store.validation import Limits, accept
+from server.model.attention import make_attention_backend
+from server.model.loader import adopt_model
+from server.model.prover import Prover
 from tests.prefix_store.builders import base_with
 
 DOC = (Path(__file__).parents[2] / "docs" / "prefix-format.md").read_text()
@@ -26,8 +30,9 @@ def fields_of(model: type[BaseModel], above: str = "") -> dict[str, bool]:
     found = {}
     for name, field in model.model_fields.items():
         found[f"{above}{name}"] = field.is_required()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= fields_of(field.annotation, f"{above}{name}.")
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found |= fields_of(inner, f"{above}{name}.")
     return found
 
 
@@ -67,10 +72,16 @@ def test_the_example_writes_an_artifact_that_a_server_accepts(
     model = LlamaForCausalLM(config).eval()
     monkeypatch.chdir(tmp_path)
 
-    exec(example, {"model": model, "input_ids": torch.tensor([[1, 2, 3, 4, 5]])})
+    exec(example, {"model": model, "tokenizer": None, "input_ids": torch.tensor([[1, 2, 3, 4, 5]])})
 
     data = bytearray((tmp_path / "task.safetensors").read_bytes())
     base = base_with(fingerprint=base_fingerprint(model))
     prefix = accept(data, digest_of(data), base, Limits())
     assert prefix.manifest.first_position == 5
     assert prefix.keys[1].shape == (5, 2, 4)
+    prover = Prover(adopt_model(model, model_id="tiny"), make_attention_backend("auto"))
+    trial = prover.prepare(prefix)
+    trial.smoke()
+    proof = trial.probe()
+    assert proof.probe_difference is not None
+    assert proof.probe_difference < 1e-4

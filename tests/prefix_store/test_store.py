@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefix_store.artifact import encode
+from prefix_store.artifact import Prefix, encode
 from prefix_store.catalog import Catalog
 from prefix_store.errors import (
     ArtifactTooLarge,
@@ -27,7 +27,7 @@ from prefix_store.errors import (
     UnknownVersion,
 )
 from prefix_store.records import log_name
-from prefix_store.spec import BaseSpec, Canary, PrefixManifest, digest_of
+from prefix_store.spec import BaseSpec, Canary, digest_of
 from prefix_store.store import PrefixStore
 from prefix_store.upload import Upload
 from prefix_store.validation import Limits
@@ -456,14 +456,14 @@ def test_an_abort_during_a_commit_waits_for_it(
     upload = store.begin_upload()
     upload.write(make_artifact())
     proving, go_on = threading.Event(), threading.Event()
-    real = Upload._prove
+    real = Upload.judge
 
-    def slow_proof(self: Upload) -> PrefixManifest:
+    def slow_proof(self: Upload, *, expected_sha256: str | None = None) -> Prefix:
         proving.set()
         assert go_on.wait(10)
-        return real(self)
+        return real(self, expected_sha256=expected_sha256)
 
-    monkeypatch.setattr(Upload, "_prove", slow_proof)
+    monkeypatch.setattr(Upload, "judge", slow_proof)
     committing = threading.Thread(target=upload.commit, args=("task",))
     committing.start()
     assert proving.wait(10)

@@ -66,7 +66,7 @@ def test_a_valid_artifact_is_accepted_in_the_dtype_of_its_file() -> None:
         (base_with(rope_theta=1e6), "rope_theta is 10000, the base model has 1e+06"),
         (
             base_with(fingerprint="sha256:" + "b" * 64),
-            f"trained on a base with fingerprint sha256:{'a' * 64}, the base model has sha256:{'b' * 64}",
+            f"trained on a base whose weights fingerprint is sha256:{'a' * 64}, the base model's is sha256:{'b' * 64}",
         ),
         (
             base_with(position_limit=3),
@@ -85,6 +85,31 @@ def test_each_mismatch_is_told_in_one_sentence(base: BaseSpec, message: str) -> 
             {"k_space": "none"},
             "k_space is 'none', a base model with 'rope' positions needs 'post_rope'",
         ),
+        (
+            {"base_model": {"config_fingerprint": "sha256:" + "c" * 64}},
+            f"trained on a base whose settings fingerprint is sha256:{'c' * 64}, "
+            f"the base model's is sha256:{'d' * 64}",
+        ),
+        (
+            {"base_model": {"tokenizer_fingerprint": "sha256:" + "c" * 64}},
+            f"trained on a base whose tokenizer fingerprint is sha256:{'c' * 64}, "
+            f"the base model's is sha256:{'e' * 64}",
+        ),
+        (
+            {"probe": {"input_ids": [99, 100], "top_ids": [0], "top_logprobs": [-1.0]}},
+            "probe.input_ids holds 100, the base model has 100 tokens",
+        ),
+        (
+            {"probe": {"input_ids": [1], "top_ids": [0, 100], "top_logprobs": [-1.0, -2.0]}},
+            "probe.top_ids holds 100, the base model has 100 tokens",
+        ),
+        (
+            {
+                "token_start": 126,
+                "probe": {"input_ids": [1, 2, 3], "top_ids": [0], "top_logprobs": [-1.0]},
+            },
+            "the probe ends at position 129, the base model has 128 positions",
+        ),
         ({"base_model": {"vocab_size": 101}}, "vocab_size is 101, the base model has 100"),
         (
             {"token_start": 128},
@@ -95,7 +120,10 @@ def test_each_mismatch_is_told_in_one_sentence(base: BaseSpec, message: str) -> 
 def test_each_wrong_manifest_field_is_told_in_one_sentence(
     changes: dict[str, Any], message: str
 ) -> None:
-    assert refusal(make_artifact(**changes)) == message
+    known = base_with(
+        config_fingerprint="sha256:" + "d" * 64, tokenizer_fingerprint="sha256:" + "e" * 64
+    )
+    assert refusal(make_artifact(**changes), known) == message
 
 
 def test_every_fault_is_told_at_once() -> None:

@@ -137,7 +137,7 @@ def test_a_task_is_pushed_listed_shown_and_removed(run: Run, server: None, tmp_p
     code, out, _ = run("tasks", "push", file)
     assert code == 0
     assert out.startswith("fresh@v1  sha256:")
-    assert "warning: unverified base" in out
+    assert "warning:    unverified base" in out
     assert "unchanged" in run("tasks", "push", file, "--task", "fresh")[1]
 
     _, out, _ = run("tasks", "list")
@@ -147,6 +147,23 @@ def test_a_task_is_pushed_listed_shown_and_removed(run: Run, server: None, tmp_p
 
     assert run("tasks", "rm", "fresh")[1] == "fresh removed\n"
     assert "fresh" not in run("tasks", "list")[1]
+
+
+def test_a_push_can_be_dry_and_says_what_a_peft_file_is(
+    run: Run, server: None, tmp_path: Path
+) -> None:
+    file = tmp_path / "fresh.safetensors"
+    file.write_bytes(make_artifact(seed=9))
+
+    code, out, _ = run("tasks", "push", file, "--dry-run")
+    assert code == 0
+    assert out.splitlines()[0].endswith("nothing was stored")
+    assert "\nrecognised: native artifact" in out
+    assert "fresh" not in run("tasks", "list")[1]
+
+    code, _, err = run("tasks", "push", file, "--peft-type", "CPT", "--task-index", "3")
+    assert code == 1
+    assert "peft_type: the file holds no PEFT prompt" in err
 
 
 def test_versions_are_promoted_rolled_back_and_tried(
@@ -161,7 +178,7 @@ def test_versions_are_promoted_rolled_back_and_tried(
     def shown() -> list[str]:
         return run("tasks", "show", "poet")[1].splitlines()
 
-    assert run("tasks", "push", file, "--no-activate")[1].strip().endswith("stored")
+    assert run("tasks", "push", file, "--no-activate")[1].splitlines()[0].endswith("stored")
     assert live() == "v2"
     assert run("tasks", "promote", "poet", "v3")[1].strip().endswith("live")
     assert "live already" in run("tasks", "promote", "poet", "3")[1]

@@ -74,7 +74,7 @@ def test_another_model_has_no_general_text_of_its_own(run: Run, data: Path, tmp_
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        (["--metric", "blue"], 1, "expected one of exact_match"),
+        (["--metric", "blue"], 2, "expected one of exact_match"),
         (["--forgetting-text", "/nowhere"], 1, "/nowhere: No such file"),
         (["--max-tokens", "600"], 1, "max_tokens 600"),
         (["--device", "tpu"], 2, "tpu"),

@@ -201,9 +201,9 @@ def test_nothing_is_uploaded_without_examples(server: LiveServer, access: Server
 @pytest.mark.parametrize(
     ("task", "rule", "code", "said"),
     [
-        ("by-command", "exact_match >= live", NOT_PROMOTED, "not promoted: task 'by-command'"),
-        ("by-command", "exact_match >= 90", 0, "by-command@v1 promoted: exact_match"),
-        ("by-command", "exactly", 2, "expected a metric"),
+        ("left", "exact_match >= live", NOT_PROMOTED, "left@v1 not promoted: task 'left' has no"),
+        ("taken", "exact_match >= 90", 0, "taken@v1 promoted: exact_match"),
+        ("misread", "exactly", 2, "expected a metric"),
         ("No Task", "bleu >= 0", 1, "task name"),
     ],
 )
@@ -218,9 +218,6 @@ def test_the_command_says_what_came_of_it(
     said: str,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    if code == 0:  # the tests run in any order
-        with server.client() as client:
-            client.delete(f"/admin/v1/tasks/{task}", headers=ADMIN)
     artifact = tmp_path / "prefix.safetensors"
     artifact.write_bytes(bundled(GOOD))
     data = write_jsonl(tmp_path / "data.jsonl", GOOD, NUM_EXAMPLES)

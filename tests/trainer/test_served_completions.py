@@ -110,5 +110,5 @@ def test_a_server_that_can_not_be_reached_is_named(serve: Serve) -> None:
         raise httpx2.ConnectError("refused")
 
     serve(handler)
-    with pytest.raises(CommandFailed, match="can not reach http://server.*refused"):
+    with pytest.raises(CommandFailed, match=r"can not reach http://server.*refused"):
         complete(1)

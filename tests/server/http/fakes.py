@@ -9,12 +9,15 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from prefix_store.artifact import Prefix
 from prefix_store.backends.memory import MemoryBackend
 from prefix_store.importers.native import native_artifact
 from prefix_store.importers.recognition import Provenance
 from prefix_store.importers.soft_prompt import SoftPrompt
+from prefix_store.proof import Proof
 from prefix_store.store import PrefixStore
 from prefix_store.validation import Limits
+from server.engine.intake import Intake
 from server.errors import InvalidParameter, PinRefused
 from server.http.app import Services, create_app
 from server.metrics import Metrics
@@ -191,7 +194,35 @@ class FakeCompiler:
         return native_artifact(TINY_BASE, keys, values, provenance, base_is_known=True)
 
 
-def make_services(engine: FakeEngine, **changes: Any) -> Services:
+@dataclass
+class FakeProver:
+    """Finds every prefix as good as `proof` says, or raises `refusal`."""
+
+    proof: Proof = field(default_factory=Proof)
+    refusal: Exception | None = None
+    tried: list[str] = field(default_factory=list)
+
+    def prepare(self, prefix: Prefix) -> FakeProver:
+        self.tried.append(prefix.digest)
+        return self
+
+    def smoke(self) -> None:
+        pass
+
+    def probe(self) -> Proof:
+        if self.refusal is not None:
+            raise self.refusal
+        return self.proof
+
+
+async def run_here(function: Callable[[], Any]) -> Any:
+    """Stands in for the engine thread."""
+    return function()
+
+
+def make_services(
+    engine: FakeEngine, *, prover: FakeProver | None = None, **changes: Any
+) -> Services:
     """Services around `engine`, with the tasks `poet` (two versions) and `clerk`."""
     store = PrefixStore(
         MemoryBackend(), TINY_BASE, Limits(max_num_virtual_tokens=16), host_cache_bytes=0
@@ -203,7 +234,9 @@ def make_services(engine: FakeEngine, **changes: Any) -> Services:
     services = Services(
         engine=engine,
         store=store,
-        compiler=FakeCompiler(),
+        intake=Intake(
+            changes.get("store", store), FakeCompiler(), prover or FakeProver(), run_here
+        ),
         metrics=Metrics(max_tasks=10),
         model_id="org/tiny",
         base_fingerprint=TINY_BASE.fingerprint,

@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from prefix_store.backends.memory import MemoryStagedBlob
+from prefix_store.proof import NO_PROBE
 from server.http import admin_upload
 from server.http.app import create_app
 from tests.prefix_store.builders import base_with, make_artifact
@@ -54,7 +55,8 @@ def test_a_first_upload_is_201_and_can_be_used_at_once(client: TestClient) -> No
         "activated": True,
         "recognised": "native artifact, format version 1",
         "assumed": [],
-        "unverified": [],
+        "unverified": [NO_PROBE],
+        "proof": {"smoke": "passed", "probe": None},
         "warnings": [],
     }
     use = client.post("/v1/completions", json={"model": "fresh", "prompt": "x"})

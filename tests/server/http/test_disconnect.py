@@ -155,7 +155,9 @@ def test_a_cancelled_handler_closes_the_request() -> None:
             pass
 
         task = asyncio.create_task(converse(engine, True, asyncio.Event(), on_send))
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(30):
+            while not engine.streams:  # noqa: ASYNC110 - the fake has nothing to wait for
+                await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -1,0 +1,26 @@
+"""What was found in a prefix, line by line for a terminal. Called by `prefixd verify` and `prefixd tasks push`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def lines_of(report: dict[str, Any]) -> list[str]:
+    """A report of `server.engine.intake`, for a terminal."""
+    probe = report["proof"]["probe"]
+    shown = (
+        "none"
+        if probe is None
+        else (
+            f"reproduced, off by {probe['max_difference_nats']:.2g} nats of {probe['tolerance_nats']:g} allowed"
+        )
+    )
+    lines = [
+        f"recognised: {report['recognised']}",
+        f"smoke:      {report['proof']['smoke']}: finite, and the row beside it unchanged to the bit",
+        f"probe:      {shown}",
+    ]
+    for name in ("assumed", "unverified", "warnings"):
+        title = f"{name.removesuffix('s')}:"
+        lines += [f"{title:<11} {text}" for text in report[name]]
+    return lines
