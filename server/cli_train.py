@@ -1,11 +1,11 @@
-"""`prefixd evaluate` and `prefixd hand-over`: start the trainer, which the server never loads, as a process of its own.
+"""`prefixd evaluate` and `prefixd hand-over`: become the trainer, which the server never loads.
 
 What follows the command is the trainer's, `--help` included.
 """
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from typing import Annotated
 
@@ -19,10 +19,11 @@ def _trainer_app(name: str, text: str) -> App:
     command = App(name=name, help=text, help_flags=(), version_flags=())
 
     @command.default
-    def start(*arguments: Arguments) -> int:
+    def start(*arguments: Arguments) -> None:
         # -P: a directory that happens to be called "trainer" where the user stands is not ours.
         line = [sys.executable, "-P", "-m", "trainer", name, *arguments]
-        return subprocess.run(line, check=False).returncode  # noqa: S603 - a list, no shell
+        # In this process's place: a run that is told to stop writes a checkpoint first, so the signal must reach it.
+        os.execv(sys.executable, line)  # noqa: S606 - a list, no shell
 
     return command
 

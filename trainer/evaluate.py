@@ -110,19 +110,21 @@ def evaluate(
     )
 
 
-def generated_metric(
+def generated_metrics(
     engine: EngineInProcess,
     artifact: bytes,
     examples: Sequence[EncodedExample],
-    metric: str,
+    names: Sequence[str],
     max_tokens: int | None = None,
-) -> float:
-    """One metric of the prefix alone, for early stopping. Raises as `evaluate` does."""
-    EvaluationSettings(metrics=(metric,))  # refuses an unknown name
-    sampling = greedy(max_tokens or max_tokens_for(examples), GenerationDefaults())
+) -> dict[str, float]:
+    """Metrics of the prefix alone, by name, for stopping early by one. Raises as `evaluate` does."""
+    require_known(names)
+    defaults = engine.prefix(artifact).manifest.generation
+    sampling = greedy(max_tokens or max_tokens_for(examples), defaults)
     prompts = [Prompt(example.prompt_token_ids, artifact) for example in examples]
     texts = [completion.text for completion in engine.generate(prompts, sampling)]
-    return METRICS[metric](texts, [example.reference for example in examples])
+    references = [example.reference for example in examples]
+    return {name: METRICS[name](texts, references) for name in names}
 
 
 def greedy(max_tokens: int, defaults: GenerationDefaults) -> SamplingParams:

@@ -24,7 +24,7 @@ from trainer.evaluate import (
     EvaluationSettings,
     GeneralText,
     evaluate,
-    generated_metric,
+    generated_metrics,
     text_windows,
     with_text,
 )
@@ -179,13 +179,13 @@ def test_evaluating_twice_gives_the_same(
     assert judged(demo_engine, demo_tokenizer, "record-qa") == first
 
 
-def test_the_metric_for_early_stopping_is_that_of_the_evaluation(
+def test_metrics_for_early_stopping_are_those_of_the_evaluation(
     demo_engine: EngineInProcess, demo_tokenizer: Tokenizer, evaluation: Evaluation
 ) -> None:
-    task = "record-to-sentence"
+    task, names = "record-to-sentence", ("exact_match", "bleu")
     examples = held_out(demo_tokenizer, task, 12)
-    found = generated_metric(demo_engine, bundled(task), examples, "bleu")
-    assert found == pytest.approx(evaluation.conditions[PREFIX].scores["bleu"].value)
+    found = generated_metrics(demo_engine, bundled(task), examples, names)
+    assert found == {name: evaluation.conditions[PREFIX].scores[name].value for name in names}
 
 
 def test_nothing_to_evaluate_on_is_refused(
