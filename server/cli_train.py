@@ -1,4 +1,4 @@
-"""`prefixd evaluate` and `prefixd hand-over`: become the trainer, which the server never loads.
+"""`prefixd train`, `evaluate` and `hand-over`: become the trainer, which the server never loads.
 
 What follows the command is the trainer's, `--help` included.
 """
@@ -28,6 +28,7 @@ def _trainer_app(name: str, text: str) -> App:
     return command
 
 
+train_app = _trainer_app("train", "Learn the prefix of a task from examples.")
 evaluate_app = _trainer_app(
     "evaluate", "Judge a prefix on held-out examples, beside the bare model and a text prompt."
 )

@@ -21,7 +21,7 @@ from trainer.promotion_rule import parse_rule
 
 if TYPE_CHECKING:
     from server.engine.tokenizer import Tokenizer
-    from server.model.loader import LoadedModel
+    from trainer.data import Fields
     from trainer.encoding import EncodedExample
     from trainer.engine_in_process import Progress
     from trainer.evaluate import GeneralText
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 Model: TypeAlias = Annotated[
     str | None, Parameter(help="Folder or hub id of the base; the bundled demo model if left out")
 ]
-Data: TypeAlias = Annotated[Path, Parameter(help="Held-out examples, JSONL: prompt, completion")]
+Data: TypeAlias = Annotated[Path, Parameter(help="Held-out examples: JSONL, CSV or TSV")]
+PromptField: TypeAlias = Annotated[str, Parameter(help="Key or column of the prompts")]
+CompletionField: TypeAlias = Annotated[str, Parameter(help="Key or column of the completions")]
 Metrics: TypeAlias = Annotated[
     tuple[str, ...],
     Parameter(
@@ -48,6 +50,8 @@ def evaluate(
     prefix: Annotated[Path, Parameter(help="The artifact to judge")],
     *,
     data: Data,
+    prompt_field: PromptField = "prompt",
+    completion_field: CompletionField = "completion",
     model: Model = None,
     metric: Metrics = ("exact_match", "token_f1"),
     text_prompt: Annotated[
@@ -68,10 +72,15 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Judge PREFIX on held-out examples, beside the bare base model and a text prompt."""
+    import torch
+
+    from trainer.base import load_base
+    from trainer.data import Fields
     from trainer.engine_in_process import EngineInProcess
     from trainer.evaluate import EvaluationSettings
     from trainer.evaluate import evaluate as judge
 
+    fields = Fields(prompt_field, completion_field)
     settings = EvaluationSettings(
         metrics=metric,
         text_prompt=text_prompt,
@@ -79,11 +88,13 @@ def evaluate(
         general_text=general_text(model, forgetting_text),
     )
     artifact = read_bytes(prefix)
-    loaded, tokenizer = load_base(model, device, dtype, num_threads)
-    examples = _examples(data, tokenizer, loaded.eos_token_ids)
-    engine = EngineInProcess(loaded, tokenizer)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    base = load_base(model, device=device, dtype=dtype)
+    examples = _examples(data, base.tokenizer, base.model.eos_token_ids, fields)
+    engine = EngineInProcess(base.model, base.tokenizer, base=base.spec)
     with progress_bar("evaluate") as on_progress:
-        found = judge(engine, tokenizer, artifact, examples, settings, on_progress)
+        found = judge(engine, base.tokenizer, artifact, examples, settings, on_progress)
     if json:
         sys.stdout.write(found.as_json() + "\n")
     else:
@@ -97,6 +108,8 @@ def hand_over(
     promote_if: Annotated[
         str, Parameter(help="The rule, as 'bleu >= live + 0.5' or 'exact_match >= 95'")
     ],
+    prompt_field: PromptField = "prompt",
+    completion_field: CompletionField = "completion",
     task: Annotated[str | None, Parameter(help="The file's name if left out")] = None,
     model: Model = None,
     metric: Metrics = (),
@@ -109,6 +122,7 @@ def hand_over(
     The exit code is 0 when it is live in the end and 3 when it is not. Of MODEL only the tokenizer is read.
     """
     rule = parse_rule(promote_if)  # before anything is loaded or sent
+    from trainer.data import Fields
     from trainer.handover import ServerAccess
     from trainer.handover import hand_over as give
     from trainer.metrics import require_known
@@ -116,7 +130,7 @@ def hand_over(
     require_known(metric)
     artifact = read_bytes(prefix)
     tokenizer, end = load_tokenizer(model)
-    examples = _examples(data, tokenizer, end)
+    examples = _examples(data, tokenizer, end, Fields(prompt_field, completion_field))
     server = ServerAccess(url, admin_key)
     with progress_bar("judge") as on_progress:
         found = give(
@@ -142,25 +156,6 @@ def hand_over(
 def source_of(model: str | None) -> str:
     """The base's folder or hub id; the bundled demo model's for None."""
     return str(demo.MODEL_DIR) if model is None else str(Path(model).expanduser())
-
-
-def load_base(
-    model: str | None, device: str, dtype: str, num_threads: int | None
-) -> tuple[LoadedModel, Tokenizer]:
-    """The frozen base and its tokenizer, as the server loads them. Raises `ModelRefused`, `ConfigError`."""
-    import torch
-
-    from server.engine.tokenizer import Tokenizer
-    from server.model.device import pick_device
-    from server.model.loader import load_model
-
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    source = source_of(model)
-    if model is None and dtype == "auto":
-        dtype = "float32"  # as the server has it: the demo is small
-    loaded = load_model(source, device=pick_device(device), dtype=dtype)
-    return loaded, Tokenizer.load(source)
 
 
 def load_tokenizer(model: str | None) -> tuple[Tokenizer, frozenset[int]]:
@@ -195,10 +190,16 @@ def read_bytes(path: Path) -> bytes:
         raise TrainerError(f"{path}: {error.strerror}") from None
 
 
-def _examples(path: Path, tokenizer: Tokenizer, end: frozenset[int]) -> list[EncodedExample]:
+def _examples(
+    path: Path, tokenizer: Tokenizer, end: frozenset[int], fields: Fields
+) -> list[EncodedExample]:
+    """The examples; what is worth knowing of them goes to the standard error."""
     from trainer.held_out import read_held_out
 
-    return read_held_out(path, tokenizer, end)
+    examples, notices = read_held_out(path, tokenizer, end, fields)
+    for notice in notices:
+        Console(stderr=True).print(f"note: {notice.message}", markup=False)
+    return examples
 
 
 @contextlib.contextmanager
