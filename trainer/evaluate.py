@@ -147,10 +147,11 @@ def _text_prompt(
     if settings.text_prompt is not None:
         return settings.text_prompt, ()
     recorded = prefix.manifest.training.get("init_text")
-    if isinstance(recorded, str) and recorded:
+    # A long text is recorded cut short, with dots at its end: it would be another baseline.
+    if isinstance(recorded, str) and recorded and not recorded.endswith("..."):
         return recorded, ()
     return None, (
-        "no text-prompt baseline: the prefix names no text that it was initialised from; "
+        "no text-prompt baseline: the prefix names no whole text that it was initialised from; "
         "give one with --text-prompt",
     )
 

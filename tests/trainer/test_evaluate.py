@@ -137,12 +137,13 @@ def test_a_prefix_that_is_a_whole_document_of_that_kind_makes_the_base_forget_li
     assert abs(found.forgetting.lost.value) < 0.1
 
 
+@pytest.mark.parametrize("record", [{}, {"init_text": "a long text that was cut sho..."}])
 def test_what_could_not_be_measured_is_said(
-    demo_engine: EngineInProcess, demo_tokenizer: Tokenizer
+    demo_engine: EngineInProcess, demo_tokenizer: Tokenizer, record: dict[str, str]
 ) -> None:
     data = bundled("sentiment")
     prefix = decode(data, digest_of(data))
-    silent = prefix.manifest.model_copy(update={"training": {}})
+    silent = prefix.manifest.model_copy(update={"training": record})
     artifact = encode(silent, prefix.keys, prefix.values)
     examples = held_out(demo_tokenizer, "sentiment", 3)
     settings = EvaluationSettings(metrics=("bleu",))
