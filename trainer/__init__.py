@@ -1,0 +1,1 @@
+"""Learning prefixes, and judging them before they are served. Extra `[train]`; the server never imports it."""
