@@ -19,6 +19,7 @@ Points: TypeAlias = tuple[tuple[int, float], ...]
 class History:
     """Each tuple by rising step, one record a step at most."""
 
+    begin: Record | None
     steps: tuple[Record, ...]
     held_out: tuple[Record, ...]
     prefix: tuple[Record, ...]
@@ -30,6 +31,7 @@ class History:
         """Where a step comes again, the run was resumed before it: what followed the first time is dropped."""
         kinds: dict[str, list[Record]] = {"step": [], "held_out": [], "prefix": []}
         warnings: list[Record] = []
+        begin: Record | None = None
         end: Record | None = None
         for record in records:
             kind = record["kind"]
@@ -38,9 +40,12 @@ class History:
                 end = None
             elif kind == "warning":
                 warnings.append(record)
+            elif kind == "begin":
+                begin = begin or record
             elif kind == "end":
                 end = record
         return cls(
+            begin=begin,
             steps=tuple(kinds["step"]),
             held_out=tuple(kinds["held_out"]),
             prefix=tuple(kinds["prefix"]),

@@ -29,8 +29,8 @@ _LEFT_OUT: Final = "-"
 class LiveTable:
     """The table, as a context manager: what it last showed stays on the screen."""
 
-    def __init__(self, num_steps: int, title: str, console: Console) -> None:
-        self._state = RunState(num_steps)
+    def __init__(self, title: str, console: Console) -> None:
+        self._state = RunState()
         self._title = title
         self._live = Live(
             get_renderable=lambda: table(self._state, self._title),
@@ -57,10 +57,8 @@ class LiveTable:
 class PlainLines:
     """One line at each held-out evaluation, warning and end, and now and then between; no control characters."""
 
-    def __init__(
-        self, num_steps: int, title: str, console: Console, seconds: float = PLAIN_SECONDS
-    ) -> None:
-        self._state = RunState(num_steps)
+    def __init__(self, title: str, console: Console, seconds: float = PLAIN_SECONDS) -> None:
+        self._state = RunState()
         self._title = title
         self._console = console
         self._every = seconds
@@ -69,6 +67,8 @@ class PlainLines:
     def on_record(self, record: Record) -> None:
         self._state = self._state.after(record)
         match record["kind"]:
+            case "begin":
+                self._say(self._state.sizes)
             case "step" if self._state.seconds >= self._next:
                 self._next = self._state.seconds + self._every
                 self._say(line(self._state))
@@ -95,13 +95,11 @@ class PlainLines:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def open_display(
-    num_steps: int, title: str, console: Console | None = None
-) -> LiveTable | PlainLines:
+def open_display(title: str, console: Console | None = None) -> LiveTable | PlainLines:
     """What fits where `console` (the standard output if left out) leads."""
     console = console or Console()
     shown = LiveTable if console.is_terminal else PlainLines
-    return shown(num_steps, title, console)
+    return shown(title, console)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -115,7 +113,8 @@ def table(state: RunState, title: str) -> RenderableType:
     grid.add_column(overflow="fold")
     for name, value, remark in _rows(state):
         grid.add_row(name, value, Text(remark, style="dim"))
-    parts: list[RenderableType] = [Text(title, style="bold"), _progress(state), grid]
+    head = Text.assemble((title, "bold"), f"  {state.sizes}")
+    parts: list[RenderableType] = [head, _progress(state), grid]
     parts += [Text(f"warning: {text}", style="yellow") for text in dict.fromkeys(state.warnings)]
     if state.end_reason is not None:
         parts.append(Text(f"ended: {end_of(state)}", style="bold"))
@@ -135,7 +134,7 @@ def _progress(state: RunState) -> RenderableType:
 def _rows(state: RunState) -> list[tuple[str, str, str]]:
     best = "" if state.best is None else f"best {number(state.best[1])} at step {state.best[0]:,}"
     rows = [
-        ("loss", number(state.loss), sparkline(state.losses, _SPARKLINE)),
+        ("loss", number(state.loss), sparkline(_log(state.losses), _SPARKLINE)),
         ("held-out loss", number(state.held_out_loss), best),
         *((name.replace("_", " "), f"{value:.1f}", "held out") for name, value in state.metrics),
         ("learning rate", _rate(state.learning_rate), ""),
@@ -145,6 +144,11 @@ def _rows(state: RunState) -> list[tuple[str, str, str]]:
     if state.tokens_per_second is not None:
         rows[-1] = ("tokens/s", f"{state.tokens_per_second:,.0f}", "")
     return rows
+
+
+def _log(losses: tuple[float, ...]) -> tuple[float, ...]:
+    """A loss falls by factors; on a linear scale all but the beginning would be one flat line."""
+    return tuple(math.log(loss) if 0 < loss < math.inf else math.nan for loss in losses)
 
 
 # ---- the lines -----------------------------------------------------------------------------------

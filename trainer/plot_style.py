@@ -5,14 +5,21 @@ Called by `plots` only. Matplotlib is imported here when a figure is made, witho
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from trainer.errors import TrainerError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class PlotsUnavailable(TrainerError):
+    """Matplotlib is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,9 @@ Draw: TypeAlias = "Callable[[Figure, Theme], None]"
 
 
 def png(draw: Draw, height: float, theme: Theme) -> bytes:
-    """What `draw` puts on a figure of `height` inches, as PNG."""
+    """What `draw` puts on a figure of `height` inches, as PNG. Raises `PlotsUnavailable`."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlotsUnavailable("plots need matplotlib: pip install 'prefixd[train]'")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

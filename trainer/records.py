@@ -27,6 +27,27 @@ class MalformedLog(TrainerError):
     """A line of a run's log is no record; the message has the file and the line."""
 
 
+class BeginRecord(TypedDict):
+    """The first line, and again after a resumption: what the run works on.
+
+    `step`: steps done before. `training_tokens`: of prompts and completions, `min`, `median`, `p95`, `max`.
+    `base_loss`: held-out loss without a prefix. `num_prompts`: different ones among the training examples.
+    """
+
+    kind: Literal["begin"]
+    step: int
+    num_steps: int
+    num_parameters: int
+    num_training: int
+    num_held_out: int
+    training_tokens: dict[str, dict[str, int]]
+    held_out_tokens: dict[str, dict[str, int]]
+    num_virtual_tokens: NotRequired[int]
+    num_prompts: NotRequired[int]
+    num_completion_tokens: NotRequired[int]
+    base_loss: NotRequired[float]
+
+
 class StepRecord(TypedDict):
     """One optimizer step. `seconds` since the run began, `grad_norm` before clipping."""
 

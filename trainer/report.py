@@ -18,7 +18,7 @@ from typing import Any, Final
 from trainer.doctor.finding import Finding
 from trainer.history import History
 from trainer.live_table import number
-from trainer.plot_style import DARK, LIGHT
+from trainer.plot_style import DARK, LIGHT, PlotsUnavailable
 from trainer.plots import CAPTIONS, draw_plots
 from trainer.records import Record
 from trainer.report_style import STYLE
@@ -141,7 +141,10 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 
 def _curves(records: Sequence[Record], config: Mapping[str, Any]) -> str:
-    light, dark = (draw_plots(records, config, theme) for theme in (LIGHT, DARK))
+    try:
+        light, dark = (draw_plots(records, config, theme) for theme in (LIGHT, DARK))
+    except PlotsUnavailable as reason:
+        return f'<p class="soft">{escape(str(reason))}</p>'
     return "\n".join(
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark[name])}">'
         f'<img src="{_data(light[name])}" alt="{escape(CAPTIONS[name])}"></picture>'

@@ -20,10 +20,11 @@ _BARS: Final = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """`recent`: (step, seconds) of the last steps. `losses`: of the last steps, oldest first."""
+    """`num_steps`: of the whole run, 0 until it is known. `recent`: (step, seconds) of the last steps. `losses`: of the last steps, oldest first."""
 
-    num_steps: int
+    num_steps: int = 0
     step: int = 0
+    sizes: str = ""
     loss: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
@@ -40,6 +41,8 @@ class RunState:
     def after(self, record: Record) -> RunState:
         """The state once `record` is known."""
         match record["kind"]:
+            case "begin":
+                return self._after_begin(record)
             case "step":
                 return self._after_step(record)
             case "held_out":
@@ -50,6 +53,17 @@ class RunState:
                 return replace(self, end_reason=str(record["reason"]))
             case _:
                 return self
+
+    def _after_begin(self, record: Record) -> RunState:
+        examples = f"{record['num_training']:,} examples, {record['num_held_out']:,} held out"
+        return replace(
+            self,
+            num_steps=int(record["num_steps"]),
+            step=int(record["step"]),
+            sizes=f"{examples}; {record['num_parameters']:,} parameters",
+            recent=(),  # a resumed run's pace is its own
+            end_reason=None,
+        )
 
     def _after_step(self, record: Record) -> RunState:
         loss, seconds = _value(record, "loss"), _value(record, "seconds")

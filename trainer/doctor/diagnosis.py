@@ -46,10 +46,13 @@ def diagnose(
 ) -> list[Finding]:
     """What is wrong with a run, the worst first; empty for a sane one.
 
-    Of `config` are read: num_virtual_tokens, learning_rate, num_parameters, clip_norm. What is not known is not judged.
+    `data`: from the run's first record if left out. Of `config` only num_virtual_tokens is read, where that record
+    does not have it. What is not known is not judged.
     """
     history = History.of(records)
-    case = Case(history, measure(history), Settings.of(config), data or DataSummary())
+    begin = history.begin or {}
+    settings = Settings.of(config, begin)
+    case = Case(history, measure(history), settings, data or DataSummary.of(begin))
     found = [finding for rule in _CAUSES if (finding := rule(case)) is not None]
     for rule in _IF_NOTHING_ELSE:
         if not any(finding.severity >= Severity.WARNING for finding in found):

@@ -135,6 +135,6 @@ def overfitting(case: Case) -> Finding | None:
 def _capacity(case: Case) -> str:
     tokens, parameters = case.data.num_completion_tokens, case.settings.num_parameters
     if tokens is None or parameters is None:
-        examples = case.data.num_train
+        examples = case.data.num_training
         return "" if examples is None else f", with {examples:,} training examples"
     return f"; {parameters:,} parameters learn from {tokens:,} completion tokens"

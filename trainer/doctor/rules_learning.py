@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from trainer.doctor.case import Case, nats, share
+from trainer.doctor.case import NO_GAP, Case, nats, share
 from trainer.doctor.finding import Failure, Finding, Severity
-from trainer.doctor.rules_stability import OWN_GROWTH
+from trainer.doctor.rules_stability import EXPLODED, OWN_GROWTH
 from trainer.doctor.signals import Window
 
 HARDLY_MOVED: Final = 0.02
@@ -70,19 +70,8 @@ def learning_rate_too_high(case: Case) -> Finding | None:
         reasons.append(
             f"the training loss rose from {nats(first.mean)} to {nats(last.mean)} nats a token"
         )
-    gap_first, gap_last = signals.prompt_gap_first, signals.prompt_gap_last
-    lost = (
-        grown is not None
-        and grown >= OWN_GROWTH
-        and gap_first is not None
-        and gap_last is not None
-        and gap_last < GAP_LOST * gap_first
-    )
-    if lost and gap_first is not None and gap_last is not None:
-        reasons.append(
-            f"completions were {nats(gap_first)} nats a token more probable behind their own prompts than behind "
-            f"others at first and {nats(gap_last)} at last, while the prefix grew {grown:.1f} times as long"
-        )
+    if grown is not None and _drowned(case, grown):
+        reasons.append(_drowning(case, grown))
     if not reasons:
         return None
     return Finding(
@@ -123,6 +112,28 @@ def no_improvement(case: Case) -> Finding | None:
         f"{_capital(_fall(case))}, and the records do not show why.",
         "See whether the base can do the task at all: a few examples in its prompt should help. If they do, try ten "
         "times the learning rate and four times the length; if not, take another base.",
+    )
+
+
+def _drowned(case: Case, grown: float) -> bool:
+    """The prefix grew, and with it went what the base made of the prompt. Where the prompt counted little from the
+    start, only norms that exploded are proof enough.
+    """
+    first, last = case.signals.prompt_gap_first, case.signals.prompt_gap_last
+    loss = case.signals.held_first
+    if first is None or last is None or loss is None or first <= NO_GAP * loss:
+        return grown >= EXPLODED
+    return grown >= OWN_GROWTH and last < GAP_LOST * first
+
+
+def _drowning(case: Case, grown: float) -> str:
+    first, last = case.signals.prompt_gap_first, case.signals.prompt_gap_last
+    growth = f"training made the prefix {grown:.1f} times as long in the median layer"
+    if first is None or last is None:
+        return growth
+    return (
+        f"{growth}, and completions, at first {nats(first)} nats a token more probable behind their own prompts than "
+        f"behind others, are so by {nats(last)} at last"
     )
 
 

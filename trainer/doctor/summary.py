@@ -12,33 +12,39 @@ class DataSummary:
     """The data of a run. None: not known; rules that need it are silent then.
 
     `base_loss`: held-out loss of the base without a prefix, nats a token. `num_completion_tokens`: of all training
-    examples, each counted once. `num_prompts`: different prompts among the training examples.
+    examples, each counted once; `completion_len`: of the median one. `num_prompts`: different prompts among them.
     """
 
-    num_train: int | None = None
+    num_training: int | None = None
     num_prompts: int | None = None
     num_completion_tokens: int | None = None
     completion_len: float | None = None
     base_loss: float | None = None
 
     @classmethod
-    def of(cls, found: Mapping[str, Any]) -> DataSummary:
-        """From a JSON object; unknown fields are passed over, so that its writer may say more."""
-        known = {
-            name: found[name] for name in cls.__dataclass_fields__ if found.get(name) is not None
-        }
-        return cls(**known)
+    def of(cls, begin: Mapping[str, Any]) -> DataSummary:
+        """From a run's first record."""
+        lengths = begin.get("training_tokens") or {}
+        return cls(
+            num_training=begin.get("num_training"),
+            num_prompts=begin.get("num_prompts"),
+            num_completion_tokens=begin.get("num_completion_tokens"),
+            completion_len=lengths.get("completion", {}).get("median"),
+            base_loss=begin.get("base_loss"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings that the doctor judges by. None: not known."""
+    """What the doctor judges by, apart from the data. None: not known."""
 
     num_virtual_tokens: int | None
-    learning_rate: float | None
     num_parameters: int | None
-    clip_norm: float | None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Settings:
-        return cls(**{name: config.get(name) for name in cls.__dataclass_fields__})
+    def of(cls, config: Mapping[str, Any], begin: Mapping[str, Any]) -> Settings:
+        """As the run found them where it says so: a setting that was left out is null in `config`."""
+        return cls(
+            num_virtual_tokens=begin.get("num_virtual_tokens") or config.get("num_virtual_tokens"),
+            num_parameters=begin.get("num_parameters"),
+        )

@@ -1,0 +1,79 @@
+"""The end of a run: what the doctor found, the curves and the report, made from the run folder alone.
+
+Called on the main thread when a run has ended, however it ended, and by `python -m trainer doctor` at any time: a run
+that is still going has a log too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.doctor import Finding, diagnose
+from trainer.errors import TrainerError
+from trainer.plot_style import PlotsUnavailable
+from trainer.plots import write_plots
+from trainer.records import Record, read_records
+from trainer.report import ResultTable, report_html, write_report
+
+CONFIG: Final = "config.json"
+LOG: Final = "log.jsonl"
+PLOTS: Final = "plots"
+REPORT: Final = "report.html"
+
+
+class NoRun(TrainerError):
+    """The folder holds no run that could be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRun:
+    """What a run folder says of its run."""
+
+    path: Path
+    config: Mapping[str, Any]
+    records: Sequence[Record]
+
+    @classmethod
+    def read(cls, path: Path) -> RecordedRun:
+        """Raises `NoRun` or `MalformedLog`."""
+        if not (path / LOG).is_file():
+            raise NoRun(f"{path} is no run folder: expected {CONFIG} and {LOG} in it")
+        return cls(path, _config(path / CONFIG), read_records(path / LOG))
+
+    def findings(self) -> list[Finding]:
+        """The doctor's, the worst first."""
+        return diagnose(self.records, self.config)
+
+
+def conclude(path: Path, results: Sequence[ResultTable] = ()) -> list[Finding]:
+    """Writes the plots and the report of the run in `path`; returns what the doctor found.
+
+    Without matplotlib there are no plots, and the report says why. Raises `NoRun`, `MalformedLog`, and `OSError`
+    where nothing can be written.
+    """
+    run = RecordedRun.read(path)
+    findings = run.findings()
+    with contextlib.suppress(PlotsUnavailable):  # told in the report
+        write_plots(run.records, run.config, path / PLOTS)
+    page = report_html(
+        run.records, run.config, findings, title=path.resolve().name, results=results
+    )
+    write_report(path / REPORT, page)
+    return findings
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NoRun(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise NoRun(f"{path}: expected a JSON object; {error}") from None
+    if not isinstance(found, dict):
+        raise NoRun(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
