@@ -15,7 +15,7 @@ import pytest
 from server import __version__
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("server", "prefix_store", "demo", "converter")
+PACKAGES = ("server", "prefix_store", "demo", "converter", "trainer")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 CODE = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -31,7 +31,13 @@ LONGER_FOR_A_REASON = {
     "server/metrics.py": 400,  # every series in one file; a list, not a depth
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
-BUDGET_LINES = {"server": 10_200, "prefix_store": 4_700, "demo": 2_500, "converter": 1_300}
+BUDGET_LINES = {
+    "server": 10_200,
+    "prefix_store": 4_700,
+    "demo": 2_500,
+    "converter": 1_300,
+    "trainer": 3_000,
+}
 
 # The only readers of pickled files; no server process imports them.
 READS_PICKLES = {"converter/checkpoints.py": ["torch.load"]}

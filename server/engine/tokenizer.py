@@ -40,9 +40,18 @@ class Tokenizer:
         """Which tokenizer it is, by what it does."""
         return tokenizer_fingerprint(self._tokenizer)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids, with the special tokens that the model's tokenizer adds by default."""
-        return tuple(self._tokenizer(text)["input_ids"])
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's own end of text, if it has one; the model may stop at others too."""
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids, with the special tokens that the model's tokenizer adds by default.
+
+        Without them only where a text is the continuation of another: requests always get them.
+        """
+        return tuple(self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False

@@ -1,0 +1,50 @@
+"""`python -m trainer`: what `prefixd train` runs in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from prefix_store.errors import PrefixStoreError
+from server.errors import ConfigError, PrefixdError
+from trainer.cli_train import train
+from trainer.errors import BadSetting
+
+USAGE_ERROR: Final = 2
+INTERRUPTED: Final = 130
+
+app = App(name="prefixd", help="Learn prefixes, and judge them.", version_flags=())
+app.command(train)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 130 it was asked to stop and can go on."""
+    tokens = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(tokens, exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")
+    except CycloptsError:  # already shown
+        sys.exit(USAGE_ERROR)
+    except (ConfigError, BadSetting) as error:
+        _show_error(error)
+        sys.exit(USAGE_ERROR)
+    except (PrefixdError, PrefixStoreError) as error:
+        _show_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
+
+
+def _show_error(error: Exception) -> None:
+    box = Panel(Text(str(error)), title="Error", title_align="left", style="red")
+    Console(stderr=True).print(box)
+
+
+if __name__ == "__main__":
+    main()

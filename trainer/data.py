@@ -1,0 +1,201 @@
+"""Examples from files: JSONL or CSV to prompts and completions, and which of them are held out.
+
+Runs on the main thread before training; called by `session` and by whoever evaluates on the same data. Knows
+nothing of tokens. A file with a bad line is refused as a whole, with the numbers of its bad lines: training on what
+happens to be readable would be another experiment.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.errors import BadData
+
+_MAX_SHOWN: Final = 10
+_CSV_DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
+_JSONL: Final = (".jsonl", ".ndjson")
+_ROLES: Final = ("system", "user", "assistant", "tool", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What is asked and what is answered. `prompt`: a text, or the conversation before the answer.
+
+    `line` is where it stands in its file, from 1; the first one for a record of several lines.
+    """
+
+    prompt: str | tuple[Message, ...]
+    completion: str
+    line: int
+
+    @property
+    def identity(self) -> str:
+        """Equal for equal prompts, whatever the completion."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return json.dumps([[turn.role, turn.content] for turn in self.prompt])
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The names of the keys or columns that hold prompt and completion."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+
+
+class _BadLine(Exception):
+    """Why one line is no example."""
+
+
+def read_examples(path: Path, fields: Fields = Fields()) -> list[Example]:
+    """The examples of a JSONL, CSV or TSV file (by its ending). Raises `BadData`.
+
+    JSONL: an object a line, with `prompt` and `completion`, or with `messages` whose last is the answer. CSV: a
+    header line, and columns of the names in `fields`.
+    """
+    if path.suffix not in _JSONL and path.suffix not in _CSV_DELIMITERS:
+        known = ", ".join((*_JSONL, *_CSV_DELIMITERS))
+        raise BadData(f"{path}: expected a file that ends in {known}")
+    examples, faults = [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = _json_rows(file) if path.suffix in _JSONL else _csv_rows(path, file, fields)
+            for line, row in rows:
+                try:
+                    examples.append(_example(row, line, fields))
+                except _BadLine as fault:
+                    faults.append(f"line {line}: {fault}")
+    except OSError as error:
+        raise BadData(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadData(f"{path}: expected UTF-8; {error}") from None
+    except csv.Error as error:
+        raise BadData(f"{path}: {error}") from None
+    if faults:
+        raise BadData(_report(path, faults))
+    if not examples:
+        raise BadData(f"{path}: holds no example")
+    return examples
+
+
+def digest_of_file(path: Path) -> str:
+    """`sha256:<hex>` of a data file: what a resumed run compares."""
+    sha = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                sha.update(block)
+    except OSError as error:
+        raise BadData(f"{path}: {error.strerror}") from None
+    return f"sha256:{sha.hexdigest()}"
+
+
+def split(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, at least one of each. Raises `BadData` for fewer than two prompts.
+
+    By the hash of the prompt: equal prompts stay together, and an example keeps its side when others are added.
+    """
+
+    def rank(example: Example) -> str:
+        return hashlib.sha256(f"{seed}/{example.identity}".encode()).hexdigest()
+
+    ranks = [rank(example) for example in examples]
+    by_rank = sorted(ranks)
+    wanted = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    if by_rank[0] == by_rank[-1]:
+        raise BadData(
+            f"{len(examples)} examples with the same prompt: expected different ones, to hold some out"
+        )
+    limit = by_rank[wanted - 1]
+    if limit == by_rank[-1]:
+        limit = max(r for r in by_rank if r < by_rank[-1])
+    held_out = [e for e, r in zip(examples, ranks, strict=True) if r <= limit]
+    return [e for e, r in zip(examples, ranks, strict=True) if r > limit], held_out
+
+
+def num_shared_prompts(training: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """Held-out examples whose very prompt is trained on."""
+    seen = {example.identity for example in training}
+    return sum(example.identity in seen for example in held_out)
+
+
+def _json_rows(file: Any) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, line
+
+
+def _csv_rows(path: Path, file: Any, fields: Fields) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(file, delimiter=_CSV_DELIMITERS[path.suffix], strict=True)
+    columns = reader.fieldnames or []
+    for name in (fields.prompt, fields.completion):
+        if name not in columns:
+            raise BadData(
+                f"{path}: no column {name!r}; its header line has {', '.join(map(repr, columns))}"
+            )
+    line = reader.line_num + 1
+    for row in reader:
+        yield line, row
+        line = reader.line_num + 1
+
+
+def _example(row: Any, line: int, fields: Fields) -> Example:
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError as error:
+            raise _BadLine(f"not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise _BadLine("expected a JSON object")
+    if "messages" in row and fields.prompt not in row:
+        *turns, answer = _messages(row["messages"])
+        return Example(tuple(turns), answer.content, line)
+    texts = []
+    for name in (fields.prompt, fields.completion):
+        text = row.get(name)
+        if not isinstance(text, str) or not text.strip():
+            came = "nothing" if text is None else "an empty text" if text == "" else repr(text)[:60]
+            raise _BadLine(f"{name}: expected a text that is not empty, got {came}")
+        texts.append(text)
+    return Example(texts[0], texts[1], line)
+
+
+def _messages(value: Any) -> list[Message]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise _BadLine("messages: expected a list of at least a question and an answer")
+    turns = []
+    for place, turn in enumerate(value, start=1):
+        role, content = (
+            (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else ("", "")
+        )
+        if role not in _ROLES or not isinstance(content, str):
+            raise _BadLine(
+                f"message {place}: expected a role ({', '.join(_ROLES)}) and a text as content"
+            )
+        turns.append(Message(role, content))
+    if turns[-1].role != "assistant" or not turns[-1].content.strip():
+        raise _BadLine("messages: the last must be the assistant's, and not empty")
+    return turns
+
+
+def _report(path: Path, faults: list[str]) -> str:
+    shown = "\n".join(faults[:_MAX_SHOWN])
+    more = len(faults) - _MAX_SHOWN
+    return f"{path}: {len(faults)} bad lines\n{shown}" + (f"\nand {more} more" if more > 0 else "")

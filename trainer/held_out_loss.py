@@ -1,0 +1,41 @@
+"""Loss on examples that are not trained on, teacher-forced, in nats a completion token. Called by `loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from trainer.base import FrozenBase
+from trainer.batches import make_batch
+from trainer.encoding import EncodedExample
+from trainer.loss import Objective
+from trainer.prefix_cache import KeyValues
+
+
+@torch.no_grad()
+def mean_loss(
+    base: FrozenBase,
+    prefix: KeyValues | None,
+    examples: Sequence[EncodedExample],
+    rows: int,
+    objective: Objective,
+) -> float:
+    """Mean over all completion tokens of the examples, `rows` of them in a pass."""
+    by_length = sorted(examples, key=lambda example: example.num_tokens)
+    total, count = 0.0, 0
+    for start in range(0, len(by_length), rows):
+        batch = make_batch(by_length[start : start + rows], base.device)
+        total += float(objective(base.logits(prefix, batch), batch))
+        count += len(batch.targets)
+    return total / count
+
+
+def with_other_prompts(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """The same completions, each behind the next example's prompt: what shows whether prompts matter at all."""
+    others = [*examples[1:], examples[0]]
+    return [
+        replace(example, prompt_token_ids=other.prompt_token_ids)
+        for example, other in zip(examples, others, strict=True)
+    ]

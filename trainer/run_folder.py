@@ -1,0 +1,130 @@
+"""The folder of one run, and the only code that writes to it.
+
+    config.json              the settings as they were used
+    log.jsonl                the records, one a line (`records`)
+    checkpoint/last.safetensors   all that a resumed run needs
+    prefix.safetensors       the best prefix so far: an artifact that any server of the base takes
+    plots/, report.html      made from the log
+
+Main thread. A file is written under another name, made durable and then renamed, so that after a crash or on a full
+disk the one before it is intact. Every `OSError` becomes `RunFolderFailed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.errors import CannotResume, RunExists, RunFolderFailed
+from trainer.records import Record
+
+_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_INTACT: Final = "the last checkpoint and the best prefix so far are intact"
+
+
+class RunFolder:
+    """The paths of a run, and writes that either last or leave what was there. An observer: it keeps the log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint" / "last.safetensors"
+
+    @property
+    def prefix(self) -> Path:
+        return self.path / "prefix.safetensors"
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any]) -> RunFolder:
+        """A new run. Raises `RunExists` if the folder holds anything."""
+        folder = cls(path)
+        with _translated(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                again = f"; prefixd train --resume {path} goes on with it"
+                raise RunExists(
+                    f"{path} is not empty: choose another --output"
+                    + (again if folder.checkpoint.exists() else "")
+                )
+            folder.checkpoint.parent.mkdir()
+        folder.write(folder.config, (json.dumps(config, indent=2) + "\n").encode())
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """A run to go on with. Cuts a torn last line off its log. Raises `CannotResume`."""
+        folder = cls(path)
+        if not folder.checkpoint.is_file():
+            raise CannotResume(f"{path} holds no checkpoint to go on from")
+        with _translated(folder.log):
+            if folder.log.exists():
+                data = folder.log.read_bytes()
+                os.truncate(folder.log, data.rfind(b"\n") + 1)
+        return folder
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings that the run began with. Raises `CannotResume`."""
+        try:
+            found: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CannotResume(f"{self.config}: {error}") from None
+        return found
+
+    def on_record(self, record: Record) -> None:
+        """Appends to the log."""
+        line = json.dumps(record, allow_nan=False) + "\n"
+        with _translated(self.log), self.log.open("ab") as file:
+            file.write(line.encode())
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Replaces a file by one that lasts, or leaves it as it was."""
+        write_durably(path, data)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """The whole of `data` under `path` when this returns, even if the power fails. Raises `RunFolderFailed`."""
+    staged = path.with_name(f".{path.name}.new")
+    with _translated(path):
+        try:
+            with staged.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
+            _sync_dir(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise
+
+
+def _sync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = "no room left on the device" if error.errno in _NO_ROOM else error.strerror
+        raise RunFolderFailed(f"{path} could not be written: {why}; {_INTACT}") from error
