@@ -1,4 +1,4 @@
-"""`prefixd train`: becomes the trainer, which the server never loads.
+"""`prefixd train` and `prefixd doctor`: become the trainer, which the server never loads.
 
 What follows the command is the trainer's, `--help` included.
 """
@@ -29,3 +29,4 @@ def _trainer_app(name: str, text: str) -> App:
 
 
 train_app = _trainer_app("train", "Learn the prefix of a task from examples.")
+doctor_app = _trainer_app("doctor", "Name what is wrong with a training run, and what to change.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
-FAILED_RUN: Final = 3
+from trainer.cli_train import FAILED_RUN
 
 
 def doctor(
@@ -25,7 +25,6 @@ def doctor(
     The exit code is 3 if the run failed at its purpose, else 0.
     """
     from trainer.conclusion import RecordedRun, conclude
-    from trainer.doctor import Severity
     from trainer.doctor.shown import as_boxes, as_json
 
     findings = conclude(run_folder) if report else RecordedRun.read(run_folder).findings()
@@ -33,5 +32,4 @@ def doctor(
         sys.stdout.write(as_json(findings) + "\n")
     else:
         Console().print(as_boxes(findings))
-    failed = any(finding.severity is Severity.ERROR for finding in findings)
-    return FAILED_RUN if failed else 0
+    return FAILED_RUN if any(finding.failed for finding in findings) else 0

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.doctor import Finding, diagnose
-from trainer.errors import TrainerError
+from trainer.errors import RunFolderFailed, TrainerError
 from trainer.plot_style import PlotsUnavailable
-from trainer.plots import write_plots
+from trainer.plots import draw_plots
 from trainer.records import Record, read_records
-from trainer.report import ResultTable, report_html, write_report
+from trainer.report import ResultTable, report_html
+from trainer.run_folder import RunFolder, write_durably
 
-CONFIG: Final = "config.json"
-LOG: Final = "log.jsonl"
 PLOTS: Final = "plots"
 REPORT: Final = "report.html"
 
@@ -41,9 +40,10 @@ class RecordedRun:
     @classmethod
     def read(cls, path: Path) -> RecordedRun:
         """Raises `NoRun` or `MalformedLog`."""
-        if not (path / LOG).is_file():
-            raise NoRun(f"{path} is no run folder: expected {CONFIG} and {LOG} in it")
-        return cls(path, _config(path / CONFIG), read_records(path / LOG))
+        folder = RunFolder(path)
+        if not folder.log.is_file():
+            raise NoRun(f"{path} is no run folder: expected {folder.log.name} in it")
+        return cls(path, _config(folder.config), read_records(folder.log))
 
     def findings(self) -> list[Finding]:
         """The doctor's, the worst first."""
@@ -53,18 +53,25 @@ class RecordedRun:
 def conclude(path: Path, results: Sequence[ResultTable] = ()) -> list[Finding]:
     """Writes the plots and the report of the run in `path`; returns what the doctor found.
 
-    Without matplotlib there are no plots, and the report says why. Raises `NoRun`, `MalformedLog`, and `OSError`
-    where nothing can be written.
+    Without matplotlib there are no plots, and the report says why. Raises `NoRun`, `MalformedLog`, `RunFolderFailed`.
     """
     run = RecordedRun.read(path)
     findings = run.findings()
     with contextlib.suppress(PlotsUnavailable):  # told in the report
-        write_plots(run.records, run.config, path / PLOTS)
-    page = report_html(
-        run.records, run.config, findings, title=path.resolve().name, results=results
-    )
-    write_report(path / REPORT, page)
+        _write_plots(path / PLOTS, draw_plots(run.records, run.config))
+    title = path.resolve().name
+    page = report_html(run.records, run.config, findings, title=title, results=results)
+    write_durably(path / REPORT, page.encode())
     return findings
+
+
+def _write_plots(folder: Path, plots: Mapping[str, bytes]) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunFolderFailed(f"{folder} could not be made: {error.strerror}") from error
+    for name, data in plots.items():
+        write_durably(folder / f"{name}.png", data)
 
 
 def _config(path: Path) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Curves of a training run as PNG, drawn from its records. Extra `[train]`.
 
-Called at the end of a run and by `report`. Pure but for `write_plots`, on any thread; matplotlib is imported when
-something is drawn. A curve without data is left out rather than drawn empty.
+Called at the end of a run (`conclusion`) and by `report`. Pure, on any thread; matplotlib is imported when something
+is drawn. A curve without data is left out rather than drawn empty.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from trainer.history import History, Points, per_layer, points, smoothed
@@ -41,7 +40,10 @@ CAPTIONS: Final = {
 def draw_plots(
     records: Iterable[Record], config: Mapping[str, Any], theme: Theme = LIGHT
 ) -> dict[str, bytes]:
-    """PNG by name, of every plot that the records have data for. Names are those of `CAPTIONS`."""
+    """PNG by name, of every plot that the records have data for. Names are those of `CAPTIONS`.
+
+    Raises `PlotsUnavailable`.
+    """
     history = History.of(records)
     clip = config.get(CLIP_FIELD)
     wanted = {
@@ -54,19 +56,6 @@ def draw_plots(
     return {
         name: png(draw, height, theme) for name, (there, height, draw) in wanted.items() if there
     }
-
-
-def write_plots(
-    records: Iterable[Record], config: Mapping[str, Any], folder: Path
-) -> tuple[Path, ...]:
-    """The plots as `folder/NAME.png`; the folder is made. Raises `OSError`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, data in draw_plots(records, config).items():
-        path = folder / f"{name}.png"
-        path.write_bytes(data)
-        paths.append(path)
-    return tuple(paths)
 
 
 # ---- over the steps --------------------------------------------------------------------------------

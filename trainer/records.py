@@ -49,7 +49,7 @@ class BeginRecord(TypedDict):
 
 
 class StepRecord(TypedDict):
-    """One optimizer step. `seconds` since the run began, `grad_norm` before clipping."""
+    """One optimizer step. `seconds` since the run began, `grad_norm` before clipping, `num_tokens` fed to the base."""
 
     kind: Literal["step"]
     step: int
@@ -65,7 +65,7 @@ class HeldOutRecord(TypedDict):
     """Loss on the held-out data after `step` steps (0: before the first); generated metrics stand beside it.
 
     `loss_other_prompt`: the same with each completion behind another example's prompt. Where it is no higher
-    than `loss`, the completions do not depend on their prompts.
+    than `loss`, the completions do not depend on their prompts. Measured before the first step and at the end.
     """
 
     kind: Literal["held_out"]
@@ -101,12 +101,12 @@ class WarningRecord(TypedDict):
 
 
 class EndRecord(TypedDict):
-    """The last line of a run that ended by itself."""
+    """The last line of a run that ended by itself: finished, no improvement, or diverged (no finite loss any more)."""
 
     kind: Literal["end"]
     reason: str
     best_step: int
-    best_loss: float
+    best_loss: float | None
     seconds: float
 
 

@@ -1,18 +1,16 @@
 """A training run as one HTML file: findings, curves, results, settings. It opens offline and refers to nothing.
 
-Called at the end of a run and by `doctor --report`. Pure but for `write_report`, on any thread. Every text that comes
-from the run is escaped, images are part of the file, and a policy in its head forbids the browser to fetch anything.
+Called by `conclusion`. Pure, on any thread. Every text that comes from the run is escaped, images are part of the
+file, and a policy in its head forbids the browser to fetch anything.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any, Final
 
 from trainer.doctor.finding import Finding
@@ -62,13 +60,6 @@ def report_html(
     return _page(title, "\n".join(part for part in body if part))
 
 
-def write_report(path: Path, page: str) -> None:
-    """The page in place of what was there before, never half of it. Raises `OSError`."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
-
-
 def _page(title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -103,7 +94,7 @@ def _tiles(history: History) -> str:
             (name.replace("_", " "), f"{values[-1][1]:.1f}")
             for name, values in history.metrics().items()
         ),
-        ("completion tokens trained on", _num_tokens(history)),
+        ("tokens trained on", _num_tokens(history)),
         ("tokens a second", _pace(history)),
     ]
     shown = [(label, value) for label, value in tiles if value is not None]

@@ -42,3 +42,8 @@ class Finding:
     severity: Severity
     evidence: str
     change: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run failed at its purpose for it."""
+        return self.severity is Severity.ERROR
