@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.synthetic_run import SyntheticRun
-from trainer import plot_style, report
+from trainer import report
 from trainer.doctor import Failure, Finding, Severity
 from trainer.plot_style import DARK, PlotsUnavailable
 from trainer.plots import CAPTIONS, draw_plots
@@ -178,7 +178,7 @@ def test_long_settings_are_cut() -> None:
 def test_without_matplotlib_the_report_says_why_there_are_no_curves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plot_style.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.plot_style.importlib.util.find_spec", lambda name: None)
     with pytest.raises(PlotsUnavailable, match=r"prefixd\[train\]"):
         draw_plots(RUN.records(), {})
     text = report_html(RUN.records(), {}, [], title="a task")

@@ -23,6 +23,10 @@ BARELY_UNDERWAY: Final = 0.1  # moved by less, a straight line means that it has
 RISES: Final = 1.05
 """Times the first training loss. And by three standard errors, so that noise of small batches is not taken for it."""
 
+LOUD: Final = 0.5
+"""Attention on the prefix in the median layer. A prefix of one or two tokens must grow to be heard at all, and drowns
+nothing with the fifth of the attention that it then gets."""
+
 GAP_LOST: Final = 0.1  # of the dependence on the prompt that the base began with
 
 SHORT: Final = 5
@@ -123,7 +127,9 @@ def _drowned(case: Case, grown: float) -> bool:
     loss = case.signals.held_first
     if first is None or last is None or loss is None or first <= NO_GAP * loss:
         return grown >= EXPLODED
-    return grown >= OWN_GROWTH and last < GAP_LOST * first
+    attention = case.signals.attention
+    loud = attention is None or attention.median_last >= LOUD
+    return grown >= OWN_GROWTH and loud and last < GAP_LOST * first
 
 
 def _drowning(case: Case, grown: float) -> str:

@@ -49,8 +49,8 @@ class Signals:
     `held_first` .. `held_last`: held-out loss; `best`: (step, loss). `train_first`, `train_last`: the first and last
     fifth of the steps; `train_at_best`: the fifth that ends where the held-out loss was best. `bend`: how steeply the
     held-out loss fell per unit of learning rate spent, in the last third over the whole; 1 is a straight line, near
-    0 has settled. `prompt_gap_first`, `_last`, `_most`: by how much a completion is more probable behind its own
-    prompt than behind another's. `moved`: median over the layers of the prefix's relative way from its start.
+    0 has settled. `prompt_gap_first`, `_last`: by how much a completion is more probable behind its own prompt than
+    behind another's; `prompt_share_most`: the most that this was of the loss at the same step. `moved`: median over the layers of the prefix's relative way from its start.
     """
 
     num_steps: int
@@ -63,7 +63,7 @@ class Signals:
     bend: float | None
     prompt_gap_first: float | None
     prompt_gap_last: float | None
-    prompt_gap_most: float | None
+    prompt_share_most: float | None
     moved: float | None
     key_ratio: LayerSignal | None
     value_ratio: LayerSignal | None
@@ -96,9 +96,9 @@ def measure(history: History) -> Signals:
         train_last=_window(train, 1.0 - _WINDOW, 1.0),
         train_at_best=None if best is None else _window_before(train, best[0]),
         bend=_bend(held, points(history.steps, "learning_rate")),
-        prompt_gap_first=gaps[0] if gaps else None,
-        prompt_gap_last=gaps[-1] if gaps else None,
-        prompt_gap_most=max(gaps) if gaps else None,
+        prompt_gap_first=gaps[0][0] if gaps else None,
+        prompt_gap_last=gaps[-1][0] if gaps else None,
+        prompt_share_most=max((gap / loss for gap, loss in gaps if loss > 0), default=None),
         moved=_moved(history),
         key_ratio=_ratios(history, "key_norms"),
         value_ratio=_ratios(history, "value_norms"),
@@ -148,10 +148,11 @@ def _bend(held: Points, rates: Points) -> float | None:
     return (late[0][1] - late[-1][1]) / (late[-1][0] - late[0][0]) / whole
 
 
-def _prompt_gaps(history: History) -> list[float]:
-    other = dict(history.loss_other_prompt())
-    gaps = [other[step] - loss for step, loss in history.held_out_loss() if step in other]
-    return [gap for gap in gaps if math.isfinite(gap)]
+def _prompt_gaps(history: History) -> list[tuple[float, float]]:
+    """(by how much the loss is higher behind another prompt, the loss), where both were measured."""
+    other = dict(_finite(history.loss_other_prompt()))
+    held = _finite(history.held_out_loss())
+    return [(other[step] - loss, loss) for step, loss in held if step in other]
 
 
 # ---- layers ----------------------------------------------------------------------------------------

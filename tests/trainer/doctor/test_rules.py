@@ -103,13 +103,17 @@ def test_a_training_loss_that_rises_had_too_high_a_learning_rate() -> None:
 
 
 def test_a_prefix_that_grew_until_prompts_no_longer_counted_had_too_high_a_learning_rate() -> None:
-    run = replace(
-        SANE, train=settling(8, 3.2), held=settling(7.8, 3.2), gap=(3.5, 0.06), key_growth=2.5
-    )
+    run = replace(SANE, gap=(3.5, 0.06), key_growth=2.5, attention=(0.15, 0.6))
+    run = replace(run, train=settling(8, 3.2), held=settling(7.8, 3.2))
     [finding] = found(run)
     assert finding.name is Failure.LEARNING_RATE_TOO_HIGH
     assert "3.5 nats" in finding.evidence
     assert "0.06" in finding.evidence
+
+
+def test_a_short_prefix_that_grew_to_be_heard_drowns_nothing() -> None:
+    run = replace(SANE, gap=(3.5, 0.3), key_growth=2.5, attention=(0.01, 0.2), num_virtual_tokens=2)
+    assert names(run) == []
 
 
 def test_few_tokens_that_fit_neither_data_are_too_few() -> None:
