@@ -13,10 +13,8 @@ from tests.tiny_models import VOCAB, tiny_model
 _TEXT = "the quick brown fox jumps over the lazy dog. Prefixes are served; many tasks, one model.\n"
 
 
-def save_tiny_model(
-    directory: Path, architecture: str = "llama", seed: int = 0, **overrides: Any
-) -> Path:
-    """Writes model and tokenizer to `directory`; ids 0..2 are pad, bos, eos, and no BOS is added."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Ids 0..2 are pad, bos, eos, and no BOS is added."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -27,10 +25,16 @@ def save_tiny_model(
         show_progress=False,
     )
     tokenizer.train_from_iterator([_TEXT] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-    fast.save_pretrained(str(directory))
+
+
+def save_tiny_model(
+    directory: Path, architecture: str = "llama", seed: int = 0, **overrides: Any
+) -> Path:
+    """Writes model and tokenizer to `directory`."""
+    tiny_tokenizer().save_pretrained(str(directory))
     module = tiny_model(architecture, seed, **overrides)
     module.save_pretrained(str(directory))  # type: ignore[operator]
     return directory

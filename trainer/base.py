@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import demo
@@ -136,7 +136,8 @@ def load_base(
 ) -> FrozenBase:
     """The base model in a directory or of a hub id; None: the bundled demo model. Raises `ModelRefused`.
 
-    `dtype` "auto": the checkpoint's own on a GPU, float32 on a CPU, where half precision is rarely faster.
+    `dtype` "auto": float32 on a CPU, where half precision is rarely faster; on a GPU bfloat16 for any checkpoint in
+    half precision, because gradients in float16 vanish.
     """
     where: str | Path = demo.MODEL_DIR if source is None else Path(source).expanduser()
     if isinstance(where, Path) and not where.is_dir():
@@ -144,12 +145,21 @@ def load_base(
             raise BadSetting(f"model: {source} is no folder")
         where = str(source)
     chosen = pick_device(device)
-    if dtype == "auto" and chosen.type == "cpu":
-        dtype = "float32"
+    if dtype == "auto":
+        dtype = _training_dtype(where, revision, chosen)
     bundled = isinstance(where, Path) and where.resolve() == demo.MODEL_DIR.resolve()
     model_id = demo.BASE_MODEL_ID if bundled else None
     model = load_model(where, device=chosen, dtype=dtype, revision=revision, model_id=model_id)
     return adopt_base(model, Tokenizer.load(where, revision=revision))
+
+
+def _training_dtype(source: str | Path, revision: str | None, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "float32"
+    config: Any = AutoConfig.from_pretrained(
+        str(source), revision=revision, trust_remote_code=False
+    )
+    return "bfloat16" if config.dtype in (torch.float16, torch.bfloat16) else "float32"
 
 
 def adopt_base(model: LoadedModel, tokenizer: Tokenizer) -> FrozenBase:

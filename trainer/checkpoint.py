@@ -40,7 +40,9 @@ class Origin:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is. `step`: steps done. `best_score`: of the best, higher is better. `seconds`: of training."""
+    """How far a run is. `step`: steps done. `best_score`: of the best, higher is better. `seconds`: of training.
+    `ended`: why, if it has.
+    """
 
     step: int = 0
     best_step: int = 0
@@ -49,6 +51,7 @@ class Progress:
     num_stale: int = 0
     evaluated_step: int = -1
     seconds: float = 0.0
+    ended: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,9 +17,12 @@ from trainer.errors import BadSetting
 from trainer.schedule import Shape
 
 DEFAULT_NUM_VIRTUAL_TOKENS: Final = 16
-DEFAULT_NUM_EPOCHS: Final = 5
+DEFAULT_NUM_EPOCHS: Final = 3
+MIN_DEFAULT_STEPS: Final = 400
 DEFAULT_NUM_EVALUATIONS: Final = 10
-DEFAULT_LEARNING_RATES: Final = {"direct": 5e-3, "mlp": 5e-3, "soft": 5e-2}
+DEFAULT_LEARNING_RATES: Final = {"direct": 5e-2, "mlp": 5e-3, "soft": 5e-2}
+"""Direct keys and values are learned in units of their initial size, so 5e-2 is a twentieth of it a step.
+Measured on the demo's tasks: docs/lab-log.md."""
 LOSS: Final = "loss"
 
 InitKind: TypeAlias = Literal["text", "examples", "vocabulary", "random"]
@@ -43,11 +46,9 @@ class TrainConfig(BaseModel):
     revision: Annotated[str | None, Parameter(group=_MODEL)] = Field(
         default=None, description="Branch, tag or commit of the model"
     )
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Parameter(group=_MODEL)] = (
-        Field(
-            default="auto",
-            description="Of the base's weights; auto: the checkpoint's own on a GPU, float32 on a CPU",
-        )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Parameter(group=_MODEL)] = Field(
+        default="auto",
+        description="Of the base's weights; auto: float32 on a CPU, bfloat16 on a GPU for weights in half precision",
     )
     device: Annotated[str, Parameter(group=_MODEL)] = Field(
         default="auto",
@@ -124,7 +125,9 @@ class TrainConfig(BaseModel):
         default=None, ge=1, description="Optimizer steps; by --num-epochs if left out"
     )
     num_epochs: Annotated[float | None, Parameter(group=_STEPS)] = Field(
-        default=None, gt=0, description="Passes over the data; 5 if neither is given"
+        default=None,
+        gt=0,
+        description="Passes over the data; 3, and at least 400 steps, if neither is given",
     )
     batch_size: Annotated[int, Parameter(group=_STEPS)] = Field(
         default=16, ge=1, description="Examples of a step"
@@ -216,7 +219,9 @@ class TrainConfig(BaseModel):
         """Optimizer steps of the whole run."""
         if self.num_steps is not None:
             return self.num_steps
-        return max(1, round((self.num_epochs or DEFAULT_NUM_EPOCHS) * steps_per_epoch))
+        if self.num_epochs is None:
+            return max(MIN_DEFAULT_STEPS, DEFAULT_NUM_EPOCHS * steps_per_epoch)
+        return max(1, round(self.num_epochs * steps_per_epoch))
 
 
 def _describe(error: ValidationError) -> str:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from trainer.base import FrozenBase
-from trainer.batches import DataOrder, make_batch
+from trainer.batches import DataOrder
 from trainer.checkpoint import Checkpoint, Origin, Progress, save_checkpoint
 from trainer.config import DEFAULT_NUM_EVALUATIONS, LOSS, TrainConfig
 from trainer.encoding import EncodedExample
 from trainer.errors import BadSetting, Diverged
+from trainer.gradients import add_gradients
 from trainer.held_out_loss import mean_loss, with_other_prompts
 from trainer.inspection import Inspection
 from trainer.loss import Objective, next_token_loss
@@ -103,8 +104,10 @@ class Loop:
     def run(self) -> str:
         """Trains until the end; returns why it ended. The best prefix is in `best` then.
 
-        Raises `Diverged` and `RunFolderFailed`, both of which leave the last checkpoint as it was.
+        A run that has ended stays as it is, so a resumed one may be resumed again. Raises `Diverged` and `RunFolderFailed`, both of which leave the last checkpoint as it was.
         """
+        if self.progress.ended is not None:
+            return self.progress.ended
         self._since = time.monotonic() - self.progress.seconds
         try:
             reason = self._train()
@@ -130,6 +133,7 @@ class Loop:
                 return "interrupted"
             if self._due(self.config.checkpoint_every or self._evaluation_steps()):
                 self._save()
+        self.progress.ended = reason
         self._save()
         return reason
 
@@ -144,7 +148,16 @@ class Loop:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         examples = [self.training[index] for index in self._order.indices(step)]
-        loss, num_tokens = self._backward(examples)
+        self.encoder.train()
+        done = add_gradients(
+            self.base,
+            self.encoder,
+            examples,
+            rows=self._rows,
+            reduction=self.config.loss,
+            objective=self.hooks.objective,
+        )
+        loss, num_tokens = done.mean, done.num_tokens
         norm = float(torch.nn.utils.get_total_norm(self._gradients()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(self._divergence(loss, norm, rate))
@@ -165,32 +178,10 @@ class Loop:
             }
         )
 
-    def _backward(self, examples: Sequence[EncodedExample]) -> tuple[float, int]:
-        """Gradients of the step's loss; its value in nats a token, and the tokens it took.
-
-        The encoder runs once. Its output is a leaf for the passes, which add up their gradients there.
-        """
-        self.encoder.train()
-        prefix = self.encoder()
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in prefix.tensors]
-        num_targets = sum(len(example.completion_token_ids) for example in examples)
-        divisor = num_targets if self.config.loss == "mean" else len(examples)
-        rows = self.config.micro_batch_size or self.config.batch_size
-        total, num_tokens = 0.0, 0
-        for start in range(0, len(examples), rows):
-            batch = make_batch(examples[start : start + rows], self.base.device)
-            loss = self.hooks.objective(self.base.logits(KeyValues.of(leaves), batch), batch)
-            (loss / divisor).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            num_tokens += batch.num_tokens
-        pairs = [
-            (output, leaf.grad)
-            for output, leaf in zip(prefix.tensors, leaves, strict=True)
-            if leaf.grad is not None
-        ]
-        outputs, gradients = zip(*pairs, strict=True)
-        torch.autograd.backward(outputs, gradients)
-        return total / num_targets, num_tokens
+    @property
+    def _rows(self) -> int:
+        """Examples of one forward pass."""
+        return self.config.micro_batch_size or self.config.batch_size
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.encoder.parameters() if p.grad is not None]
@@ -210,8 +201,7 @@ class Loop:
         progress, config = self.progress, self.config
         self.encoder.eval()
         prefix = self.encoder().detached()
-        rows = config.micro_batch_size or config.batch_size
-        loss = mean_loss(self.base, prefix, self.held_out, rows, self.hooks.objective)
+        loss = self._held_out_loss(prefix, self.held_out)
         if not math.isfinite(loss):
             raise Diverged(self._divergence(loss, float("nan"), config.peak_learning_rate))
         metrics = dict(self.hooks.metrics(prefix)) if self.hooks.metrics is not None else {}
@@ -227,12 +217,13 @@ class Loop:
         first_or_last = stale or progress.step in (0, self.num_steps)
         if first_or_last and len(self.held_out) > 1:
             others = with_other_prompts(self.held_out)
-            record["loss_other_prompt"] = mean_loss(
-                self.base, prefix, others, rows, self.hooks.objective
-            )
+            record["loss_other_prompt"] = self._held_out_loss(prefix, others)
         self._tell(record)
         self._tell(self._inspection.look(progress.step, prefix))
         return stale
+
+    def _held_out_loss(self, prefix: KeyValues, examples: Sequence[EncodedExample]) -> float:
+        return mean_loss(self.base, prefix, examples, self._rows, self.hooks.objective)
 
     def _compare(self, prefix: KeyValues, loss: float, metrics: Mapping[str, float]) -> None:
         """Keeps the prefix if it is better than the best so far; of equals the earlier one stays."""

@@ -56,24 +56,40 @@ class PrefixEncoder(nn.Module, ABC):
 
 
 class DirectEncoder(PrefixEncoder):
-    """Keys and values are the parameters."""
+    """Keys and values are the parameters, each tensor in units of its own initial size.
+
+    Layers differ in size, values of the first by a factor of ten and more; Adam moves every parameter by about the
+    learning rate, which is then one share of each. `in_units` False: the bare numbers, as PEFT has them.
+    """
 
     def __init__(
-        self, initial: KeyValues, num_frozen: int, dropout: float, generator: torch.Generator
+        self,
+        initial: KeyValues,
+        num_frozen: int,
+        dropout: float,
+        generator: torch.Generator,
+        *,
+        in_units: bool = True,
     ) -> None:
         super().__init__(num_frozen, dropout, generator)
         tensors = [tensor.detach().float() for tensor in initial.tensors]  # [P, H, D]
-        self.learned = nn.ParameterList([nn.Parameter(t[num_frozen:].clone()) for t in tensors])
+        units = _units(tensors, apply=in_units)
         self.frozen = _Buffers([t[:num_frozen].clone() for t in tensors])
+        self.units = _Buffers(units)
+        self.learned = nn.ParameterList(
+            [nn.Parameter(t[num_frozen:] / unit) for t, unit in zip(tensors, units, strict=True)]
+        )
 
     def rows(self) -> KeyValues:
-        return _joined(self.frozen.tensors, list(self.learned))
+        learned = [p * unit for p, unit in zip(self.learned, self.units.tensors, strict=True)]
+        return _joined(self.frozen.tensors, learned)
 
 
 class MlpEncoder(PrefixEncoder):
     """`initial + outer(tanh(inner(embedding)))`, outer zero at the start: step 0 is the initial prefix exactly.
 
-    `from_scratch`: no initial prefix under it and torch's own initial weights, as the paper begins without a text.
+    What the MLP adds is in units of the initial sizes, as the direct parameters are. `from_scratch`: no initial
+    prefix under it, no units, and torch's own initial weights, as the paper begins without a text.
     """
 
     def __init__(
@@ -92,6 +108,7 @@ class MlpEncoder(PrefixEncoder):
         tensors = [tensor.detach().float() for tensor in initial.tensors]
         self.frozen = _Buffers([t[:num_frozen].clone() for t in tensors])
         self.initial = _Buffers([t[num_frozen:].clone() * (not from_scratch) for t in tensors])
+        self.units = _Buffers(_units(tensors, apply=not from_scratch))
         self._sizes = [t[0].numel() for t in tensors]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -107,10 +124,8 @@ class MlpEncoder(PrefixEncoder):
     def rows(self) -> KeyValues:
         flat = self.outer(torch.tanh(self.inner(self.embedding)))  # [P - F, sum of H * D]
         parts = flat.split(self._sizes, dim=1)
-        learned = [
-            start + part.view_as(start)
-            for start, part in zip(self.initial.tensors, parts, strict=True)
-        ]
+        starts = zip(self.initial.tensors, self.units.tensors, parts, strict=True)
+        learned = [start + unit * part.view_as(start) for start, unit, part in starts]
         return _joined(self.frozen.tensors, learned)
 
 
@@ -150,6 +165,12 @@ class _Buffers(nn.Module):
     @property
     def tensors(self) -> list[Tensor]:
         return list(self.buffers())
+
+
+def _units(tensors: list[Tensor], *, apply: bool) -> list[Tensor]:
+    """Root of the mean square of each, a scalar; 1 for a tensor of zeros, and for all if not `apply`."""
+    sizes = [tensor.square().mean().sqrt() if apply else tensor.new_ones(()) for tensor in tensors]
+    return [torch.where(size > 0, size, torch.ones_like(size)) for size in sizes]
 
 
 def _joined(frozen: list[Tensor], learned: list[Any]) -> KeyValues:

@@ -1,0 +1,129 @@
+"""`prefixd train` from the command line: what it prints, its exit codes, and how it stops."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefix_store.artifact import decode, digest_of
+from tests.trainer.runs import small_run, write_examples
+from trainer.__main__ import main
+from trainer.run_folder import RunFolder
+
+
+def command(tmp_path: Path, **settings: Any) -> list[str]:
+    config = small_run(tmp_path, num_threads=1, **settings)
+    given = config.model_dump(mode="json", exclude_unset=True)
+    return [t for name, v in given.items() for t in (f"--{name.replace('_', '-')}", str(v))]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *arguments])
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Any:
+    """The command takes signals over; the test runner wants them back."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def test_prefixd_train_leaves_a_prefix_and_says_where(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "train", *command(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "run" / "prefix.safetensors") in done.stdout
+    assert "best held-out loss" in done.stdout
+    assert "36 examples to train on, 4 held out" in done.stderr
+    assert "step 12: held-out loss" in done.stderr
+    data = (tmp_path / "run" / "prefix.safetensors").read_bytes()
+    assert decode(data, digest_of(data)).manifest.num_virtual_tokens == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_writes_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    flags = command(tmp_path, num_steps=100_000, evaluate_every=50_000)
+    log = RunFolder(tmp_path / "run").log
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "train", *flags], stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and log.read_bytes().count(b'"kind": "step"') > 3:
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert f"prefixd train --resume {tmp_path / 'run'}" in out
+    assert RunFolder(tmp_path / "run").checkpoint.is_file()
+
+
+def test_resume_goes_on_and_takes_no_other_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*command(tmp_path)) == 0
+    assert run("--resume", str(tmp_path / "run")) == 0
+    assert "finished" in capsys.readouterr().out
+    assert run("--resume", str(tmp_path / "run"), *command(tmp_path)) == 2
+    assert "--resume FOLDER alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        ([], 2, "expected --data and --output"),
+        (["--data", "x.jsonl"], 2, "output"),
+        (["--data", "x.jsonl", "--output", "run", "--encoder", "lora"], 2, "lora"),
+        (["--data", "x.jsonl", "--output", "run", "--init", "text"], 2, "init_text"),
+        (["--data", "missing.jsonl", "--output", "run"], 1, "No such file"),
+        (["--resume", "missing"], 1, "no checkpoint"),
+    ],
+)
+def test_a_wrong_request_and_a_failure_have_codes_of_their_own(
+    flags: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags) == code
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_bad_data_ends_with_its_lines_and_no_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = command(tmp_path)
+    write_examples(tmp_path / "data.jsonl", 3)
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write('{"prompt": 1}\n')
+
+    assert run(*flags) == 1
+    assert "line 4: prompt: expected a text" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_appears_without_the_heavy_libraries() -> None:
+    code = "import trainer.__main__, sys; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"

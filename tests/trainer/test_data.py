@@ -1,0 +1,158 @@
+"""Examples from files, bad lines by their numbers, and a split that does not leak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.data import Example, Fields, Message, num_shared_prompts, read_examples, split
+from trainer.errors import BadData
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_jsonl_gives_prompts_and_completions_with_their_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        '{"prompt": "a", "completion": "b", "source": "x"}\n\n{"prompt": "c", "completion": "d"}',
+    )
+
+    assert read_examples(path) == [Example("a", "b", 1), Example("c", "d", 3)]
+
+
+def test_messages_end_with_the_answer(tmp_path: Path) -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "so"},
+    ]
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": turns}))
+
+    (example,) = read_examples(path)
+
+    assert example.prompt == (Message("system", "be brief"), Message("user", "why?"))
+    assert example.completion == "so"
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_columns_are_found_by_name(tmp_path: Path, name: str, mark: str) -> None:
+    rows = [["id", "text", "label"], ["1", '"two\nlines"', "x"], ["2", "plain", "y"]]
+    path = write(tmp_path / name, "\n".join(mark.join(row) for row in rows) + "\n")
+
+    found = read_examples(path, Fields("text", "label"))
+
+    assert found == [Example("two\nlines", "x", 2), Example("plain", "y", 4)]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "\ufeffprompt,completion\na,b\n")
+
+    assert read_examples(path) == [Example("a", "b", 2)]
+
+
+def test_every_bad_line_is_named_with_its_fault(tmp_path: Path) -> None:
+    good = '{"prompt": "a", "completion": "b"}'
+    bad = [
+        "{",
+        "[]",
+        '{"prompt": "a"}',
+        '{"prompt": "a", "completion": " "}',
+        '{"prompt": 3, "completion": "b"}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+        '{"messages": [{"role": "chief", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": ["a", "b"]}',
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join([good, *bad, good]))
+
+    with pytest.raises(BadData) as caught:
+        read_examples(path)
+
+    message = str(caught.value)
+    assert f"{len(bad)} bad lines" in message
+    for number in range(2, 2 + len(bad)):
+        assert f"line {number}: " in message
+    assert "line 1:" not in message
+    for told in ("not JSON", "expected a JSON object", "completion: expected", "prompt: expected"):
+        assert told in message
+    assert "the last must be the assistant's" in message
+
+
+def test_of_many_bad_lines_some_are_shown_and_all_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "{\n" * 300)
+
+    with pytest.raises(BadData, match="300 bad lines") as caught:
+        read_examples(path)
+
+    assert "and 290 more" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", "", "holds no example"),
+        ("a.txt", "x", "expected a file that ends in"),
+        ("a.csv", "question,answer\nx,y\n", "no column 'prompt'; .*'question', 'answer'"),
+    ],
+)
+def test_a_file_without_examples_says_what_was_expected(
+    tmp_path: Path, name: str, content: str, told: str
+) -> None:
+    with pytest.raises(BadData, match=told):
+        read_examples(write(tmp_path / name, content))
+
+
+def test_a_file_that_is_not_there_or_not_utf_8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="No such file"):
+        read_examples(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(BadData, match="expected UTF-8"):
+        read_examples(tmp_path / "b.jsonl")
+
+
+def examples(prompts: list[str]) -> list[Example]:
+    return [Example(prompt, "x", line) for line, prompt in enumerate(prompts, 1)]
+
+
+def test_the_split_has_the_asked_size_and_keeps_the_order() -> None:
+    given = examples([f"p{i}" for i in range(1000)])
+
+    training, held_out = split(given, 0.1, seed=0)
+
+    assert (len(training), len(held_out)) == (900, 100)
+    assert sorted([*training, *held_out], key=lambda e: e.line) == given
+    assert training == sorted(training, key=lambda e: e.line)
+    assert split(given, 0.1, seed=0) == (training, held_out)
+    assert split(given, 0.1, seed=1)[1] != held_out
+
+
+def test_equal_prompts_are_on_the_same_side() -> None:
+    training, held_out = split(examples([f"p{i % 30}" for i in range(300)]), 0.2, seed=0)
+
+    assert num_shared_prompts(training, held_out) == 0
+    assert 40 <= len(held_out) <= 80
+
+
+def test_an_example_keeps_its_side_when_others_are_added() -> None:
+    before = split(examples([f"p{i}" for i in range(400)]), 0.25, seed=0)[1]
+    after = split(examples([f"p{i}" for i in range(440)]), 0.25, seed=0)[1]
+
+    prompts = {e.prompt for e in after}
+    assert sum(e.prompt in prompts for e in before) >= 90
+
+
+def test_two_examples_give_one_each_and_one_prompt_can_not_be_split() -> None:
+    training, held_out = split(examples(["a", "b"]), 0.1, seed=0)
+    assert (len(training), len(held_out)) == (1, 1)
+
+    with pytest.raises(BadData, match="same prompt"):
+        split(examples(["a", "a", "a"]), 0.1, seed=0)
+
+
+def test_shared_prompts_are_counted() -> None:
+    assert num_shared_prompts(examples(["a", "b"]), examples(["b", "c", "b"])) == 2
