@@ -79,6 +79,7 @@ def _loss(history: History, figure: Figure, theme: Theme) -> None:
     finite = [value for value in everything if math.isfinite(value) and value > 0]
     if finite and max(finite) > _LOG_SPAN * min(finite):
         _log_scale(axes, min(finite), max(finite))
+        axes.set_ylabel("nats a completion token (log)")
     legend(axes)
 
 
