@@ -18,6 +18,9 @@ SETTLED: Final = 0.7
 LEARNS_BY_HEART: Final = 0.8  # training loss at last over that when the held-out loss was best
 FALLS_BEHIND: Final = 0.1  # nats a token by which held-out loss stands above training loss
 RISES: Final = 0.02  # nats a token, and share of the best, by which held-out loss rose since
+FAR_APART: Final = 0.25
+"""Training loss at last over held-out loss. On few examples the held-out loss may stay where it is instead of rising."""
+LEVEL: Final = 0.2  # steepness of the held-out loss at the end, as in `Signals.bend`: more training gains nothing
 
 TEMPLATE_CODES: Final = frozenset({"other_template", "begin_token_twice"})
 """Warnings of the encoding after which served prompts have other tokens than the ones that were trained on."""
@@ -112,23 +115,26 @@ def _last_with_match(case: Case) -> Record | None:
 
 
 def overfitting(case: Case) -> Finding | None:
-    """Training examples are learned by heart while the held-out loss rises."""
+    """Training examples are learned by heart, and the held-out loss rises or stays far above."""
     signals = case.signals
     best, held = signals.best, signals.held_last
     at_best, last = signals.train_at_best, signals.train_last
     if best is None or held is None or at_best is None or last is None:
         return None
+    if not signals.is_long_enough or held - last.mean <= FALLS_BEHIND:
+        return None
     rose = held - best[1] > max(RISES, RISES * best[1])
-    behind = held - last.mean > FALLS_BEHIND and last.mean < LEARNS_BY_HEART * at_best.mean
-    if not (rose and behind) or not signals.is_long_enough:
+    by_heart = rose and last.mean < LEARNS_BY_HEART * at_best.mean
+    level = signals.bend is not None and signals.bend <= LEVEL
+    if not (by_heart or (level and last.mean < FAR_APART * held)):
         return None
     return Finding(
         Failure.OVERFITTING,
         Severity.WARNING,
-        f"Since step {best[0]} the training loss fell from {nats(at_best.mean)} to {nats(last.mean)} nats a token and "
-        f"the held-out loss rose from {nats(best[1])} to {nats(held)}{_capacity(case)}.",
+        f"The training loss ends at {nats(last.mean)} nats a token and the held-out loss at {nats(held)}; when that "
+        f"was best, at step {best[0]}, they were {nats(at_best.mean)} and {nats(best[1])}{_capacity(case)}.",
         "More examples help most. Otherwise end early (patience), take a shorter prefix, prefix dropout (0.1) or "
-        "weight decay (0.01). The best prefix, from before the rise, is the one that is kept.",
+        "weight decay (0.01). The prefix of the best step is the one that is kept.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import median
+from statistics import fmean, median
 from typing import Final
 
 from trainer.doctor.case import Case, nats
@@ -23,7 +23,10 @@ SPIKE_SPREADS: Final = 8.0
 SPIKE_GIVES_BACK: Final = 0.25
 """Of what had been gained until then. The hardest batches of sane runs look like a loss of 0.13 of it."""
 SPIKE_LASTS: Final = 2
-"""Steps in a row. A hard batch is over after one; parameters that jumped are not."""
+SPIKE_STAYS: Final = 2.0
+"""Robust standard deviations above the median that the mean of so many next steps has. A hard batch is over after one
+step; parameters that jumped away come back slowly.
+"""
 SPIKE_FACTOR: Final = (
     1.5  # times the median: where nothing was gained, any noise gives all of it back
 )
@@ -97,7 +100,7 @@ def _spikes(losses: list[float]) -> list[tuple[int, float, float]]:
     found: list[tuple[int, float, float]] = []
     start = median(losses[:5]) if losses else 0.0
     index = SPIKE_LOOK_BACK
-    while index + SPIKE_LASTS <= len(losses):
+    while index + SPIKE_LASTS < len(losses):
         before = losses[index - SPIKE_LOOK_BACK : index]
         middle = median(before)
         spread = 1.4826 * median(abs(loss - middle) for loss in before)
@@ -106,8 +109,9 @@ def _spikes(losses: list[float]) -> list[tuple[int, float, float]]:
             middle + SPIKE_GIVES_BACK * (start - middle),
             middle * SPIKE_FACTOR,
         )
-        if all(loss > level for loss in losses[index : index + SPIKE_LASTS]):
-            found.append((index, middle, max(losses[index : index + SPIKE_LASTS])))
+        after = fmean(losses[index + 1 : index + 1 + SPIKE_LASTS])
+        if losses[index] > level and after > middle + SPIKE_STAYS * spread:
+            found.append((index, middle, losses[index]))
             index += SPIKE_LOOK_BACK  # until the window knows the new level, this is one spike
         index += 1
     return found

@@ -29,11 +29,11 @@ from trainer.loop import HeldOutMetrics
 from trainer.prefix_cache import KeyValues
 
 
-def write_task(path: Path, task: str, count: int, *, shuffled: bool = False) -> Path:
+def write_task(path: Path, task: str, seed: int, count: int, *, shuffled: bool = False) -> Path:
     """JSONL of a demo task; `shuffled`: each completion beside another example's prompt."""
     rows = [
         {"prompt": e.prompt, "completion": e.answer}
-        for e in examples(TASKS[task], 5, count, "train")
+        for e in examples(TASKS[task], seed, count, "train")
     ]
     if shuffled:
         completions = [row["completion"] for row in rows]
@@ -54,9 +54,9 @@ def run(
 ) -> RecordedRun:
     """Trains as long as it goes; a run that diverges has records too."""
     defaults: dict[str, Any] = {
-        "data": write_task(folder / "data.jsonl", task, count, shuffled=shuffled),
+        "data": write_task(folder / "data.jsonl", task, 5, count, shuffled=shuffled),
         "output": folder / "run",
-        "held_out": write_task(folder / "held_out.jsonl", task, 24, shuffled=shuffled),
+        "held_out": write_task(folder / "held_out.jsonl", task, 6, 32, shuffled=shuffled),
         "device": "cpu",
         "encoder": "mlp",
         "num_virtual_tokens": 16,
@@ -137,11 +137,11 @@ def start_aimed(monkeypatch: pytest.MonkeyPatch, factor: float, count: int) -> N
 def asked_otherwise(
     base: FrozenBase, held_out: Sequence[EncodedExample], _: Export
 ) -> HeldOutMetrics:
-    """Exact matches of greedy answers to clients that write another template around each prompt."""
-    around = base.tokenizer.encode("name = "), base.tokenizer.encode(" | kind = diner | name = ")
+    """Exact matches of greedy answers to clients whose template ends each prompt with the end-of-text token."""
+    end = tuple(base.model.eos_token_ids)
 
     def match(prefix: KeyValues, example: EncodedExample) -> bool:
-        prompt = (*around[0], *example.prompt_token_ids, *around[1])
+        prompt = (*example.prompt_token_ids, *end)
         answer: tuple[int, ...] = ()
         for _ in example.completion_token_ids:
             batch = make_batch([EncodedExample((*prompt, *answer), (0,), "")], base.device)

@@ -177,6 +177,14 @@ def test_a_held_out_loss_that_rises_while_the_training_loss_falls_is_overfitting
     assert "18,432 parameters learn from 10,000 completion tokens" in finding.evidence
 
 
+def test_a_training_loss_far_below_a_held_out_loss_that_stays_is_overfitting() -> None:
+    assert names(replace(SANE, held=settling(7.8, 0.6))) == [Failure.OVERFITTING]
+
+
+def test_a_held_out_loss_that_still_falls_is_not_overfitting_yet() -> None:
+    assert names(replace(SANE, train=settling(8, 0.05, 20), held=settling(7.8, 0.6, 1.5))) == []
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, None])
 def test_a_loss_that_is_no_number_is_named_with_its_step(loss: float | None) -> None:
     records = SANE.records()
@@ -200,6 +208,14 @@ def test_jumps_that_last_are_spikes() -> None:
     [finding] = found(SANE, records)
     assert (finding.name, finding.severity) == (Failure.LOSS_SPIKES, Severity.WARNING)
     assert "jumped 2 times; at step" in finding.evidence
+
+
+def test_a_jump_that_is_worked_off_slowly_is_a_spike() -> None:
+    records = SANE.records()
+    for record in records:
+        if record["kind"] == "step" and record["step"] in (120, 121, 122):
+            record["loss"] = {120: 5.0, 121: 0.9, 122: 0.5}[record["step"]]
+    assert names(SANE, records) == [Failure.LOSS_SPIKES]
 
 
 def test_norms_that_training_blew_up_are_named_with_the_learning_rate() -> None:
