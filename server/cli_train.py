@@ -1,4 +1,4 @@
-"""`prefixd train`, `evaluate` and `hand-over`: become the trainer, which the server never loads.
+"""`prefixd train`, `doctor`, `evaluate` and `hand-over`: become the trainer, which the server never loads.
 
 What follows the command is the trainer's, `--help` included.
 """
@@ -35,3 +35,4 @@ evaluate_app = _trainer_app(
 hand_over_app = _trainer_app(
     "hand-over", "Upload a prefix, judge it at the server, and promote it if a rule holds."
 )
+doctor_app = _trainer_app("doctor", "Name what is wrong with a training run, and what to change.")

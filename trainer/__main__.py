@@ -13,6 +13,7 @@ from rich.text import Text
 
 from prefix_store.errors import PrefixStoreError
 from server.errors import ConfigError, PrefixdError
+from trainer.cli_doctor import doctor
 from trainer.cli_evaluate import evaluate, hand_over
 from trainer.cli_train import train
 from trainer.errors import BadSetting
@@ -24,6 +25,7 @@ app = App(name="prefixd", help="Learn prefixes, and judge them.", version_flags=
 app.command(train)
 app.command(evaluate)
 app.command(hand_over)
+app.command(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
