@@ -208,7 +208,7 @@ def _announce(
     resumed: bool,
 ) -> None:
     """The first records of a run, or of a resumed one: what it works on, and what is worth knowing."""
-    records = [_begin(material, loop, encoder)]
+    records = [_begin(material, loop)]
     if not resumed:
         records += [
             {"kind": "warning", "code": n.code, "message": n.message} for n in material.notices
@@ -218,14 +218,14 @@ def _announce(
             observer.on_record(record)
 
 
-def _begin(material: Material, loop: Loop, encoder: PrefixEncoder) -> dict[str, Any]:
+def _begin(material: Material, loop: Loop) -> dict[str, Any]:
     training, rows = material.training, loop.config.micro_batch_size or loop.config.batch_size
     return {
         "kind": "begin",
         "step": loop.progress.step,
         "num_steps": loop.num_steps,
         "num_virtual_tokens": num_virtual_tokens(material.base.tokenizer, loop.config),
-        "num_parameters": sum(p.numel() for p in encoder.parameters()),
+        "num_parameters": sum(p.numel() for p in loop.encoder.parameters()),
         "num_training": len(training),
         "num_held_out": len(material.held_out),
         "num_prompts": len({example.prompt_token_ids for example in training}),
