@@ -53,9 +53,20 @@ class Attachments:
 
 
 @dataclass(frozen=True, slots=True)
+class Material:
+    """What a run works on: the base, both sets of examples, and what was noticed while they were read."""
+
+    base: FrozenBase
+    training: list[EncodedExample]
+    held_out: list[EncodedExample]
+    notices: list[Notice]
+
+
+@dataclass(frozen=True, slots=True)
 class TrainResult:
     """`reason`: finished, no improvement, interrupted. `prefix`: the artifact of the best step."""
 
+    material: Material
     folder: Path
     reason: str
     num_steps: int
@@ -65,16 +76,6 @@ class TrainResult:
     @property
     def prefix(self) -> Path:
         return RunFolder(self.folder).prefix
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a run works on: the base, both sets of examples, and what was noticed while they were read."""
-
-    base: FrozenBase
-    training: list[EncodedExample]
-    held_out: list[EncodedExample]
-    notices: list[Notice]
 
 
 def train(config: TrainConfig, attachments: Attachments = Attachments()) -> TrainResult:
@@ -172,7 +173,9 @@ def _run(
     reason = loop.run()
     progress = loop.progress
     assert progress.best_loss is not None, "a run evaluates before its first step"
-    return TrainResult(folder.path, reason, progress.step, progress.best_step, progress.best_loss)
+    return TrainResult(
+        material, folder.path, reason, progress.step, progress.best_step, progress.best_loss
+    )
 
 
 def _hooks(
