@@ -107,14 +107,15 @@ def _trained(resume: Path | None, config: TrainConfig | None, console: Console) 
     stop = _StopRequest()
     path = resume if config is None else config.output
     assert path is not None, "checked before"
-    select_by = (
-        RunFolder(path).read_config().get("select_by") if config is None else config.select_by
+    # Reopening refuses a folder without a checkpoint, and says so.
+    settings = (
+        RunFolder.reopen(path).read_config() if config is None else {"select_by": config.select_by}
     )
     try:
         with open_display(path.name, console) as display:
             attachments = session.Attachments(
                 observers=(display,),
-                metrics_for=_metrics_for(select_by or "loss"),
+                metrics_for=_metrics_for(settings.get("select_by", "loss")),
                 should_stop=lambda: stop.asked,
             )
             if config is None:
