@@ -15,9 +15,10 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from trainer.config import TrainConfig
-from trainer.errors import BadSetting
+from trainer.errors import BadSetting, Diverged
 
 INTERRUPTED: Final = 130
+FAILED_RUN: Final = 3
 
 
 class _StopRequest:
@@ -38,28 +39,48 @@ def train(
     resume: Annotated[
         Path | None, Parameter(help="Go on with the run in this folder; takes no other setting")
     ] = None,
+    doctor: Annotated[
+        bool,
+        Parameter(negative=(), help="Exit with 3 if the doctor finds that the run failed"),
+    ] = False,
     config: TrainConfig | None = None,
 ) -> int:
-    """Learn a prefix from examples, and leave it in a run folder."""
+    """Learn a prefix from examples, and leave it in a run folder with its curves, a report and what the doctor found."""
     if (resume is None) == (config is None):
         raise BadSetting("expected --data and --output for a new run, or --resume FOLDER alone")
     from trainer import session
-    from trainer.progress_lines import ProgressLines
+    from trainer.live_table import open_display
 
     stop = _StopRequest()
     console = Console(stderr=not sys.stdout.isatty())
-    with ProgressLines(console) as lines:
-        attachments = session.Attachments(observers=(lines,), should_stop=lambda: stop.asked)
-        if resume is not None:
-            result = session.resume(resume, attachments)
-        else:
-            assert config is not None, "checked above"
-            result = session.train(config, attachments)
+    path = resume if config is None else config.output
+    assert path is not None, "checked above"
+    try:
+        with open_display(path.name, console) as display:
+            attachments = session.Attachments(observers=(display,), should_stop=lambda: stop.asked)
+            if config is None:
+                result = session.resume(path, attachments)
+            else:
+                result = session.train(config, attachments)
+    except Diverged:
+        _conclude(path, console)  # when it went wrong, the findings are wanted most
+        raise
     if result.reason == "interrupted":
         print(
             f"stopped at step {result.num_steps}; to go on: prefixd train --resume {result.folder}"
         )
         return INTERRUPTED
+    failed = _conclude(path, console)
     print(f"{result.reason}; best held-out loss {result.best_loss:.4f} at step {result.best_step}")
     print(f"prefix: {result.prefix}")
-    return 0
+    return FAILED_RUN if failed and doctor else 0
+
+
+def _conclude(path: Path, console: Console) -> bool:
+    """Plots, report and findings; whether the doctor found that the run failed."""
+    from trainer.conclusion import conclude
+    from trainer.doctor.shown import as_boxes
+
+    findings = conclude(path)
+    console.print(as_boxes(findings))
+    return any(finding.failed for finding in findings)

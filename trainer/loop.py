@@ -108,6 +108,16 @@ class Loop:
         if self.progress.ended is not None:
             return self.progress.ended
         self._since = time.monotonic() - self.progress.seconds
+        try:
+            reason = self._train()
+        except Diverged:
+            self._tell_end("diverged")
+            raise
+        if reason != "interrupted":
+            self._tell_end(reason)
+        return reason
+
+    def _train(self) -> str:
         if self.progress.evaluated_step < 0:
             self._evaluate()
             self._save()
@@ -124,15 +134,6 @@ class Loop:
                 self._save()
         self.progress.ended = reason
         self._save()
-        self._tell(
-            {
-                "kind": "end",
-                "reason": reason,
-                "best_step": self.progress.best_step,
-                "best_loss": self.progress.best_loss,
-                "seconds": self._seconds(),
-            }
-        )
         return reason
 
     # ---- one step ------------------------------------------------------------------------------
@@ -214,7 +215,8 @@ class Loop:
             "loss": loss,
             **metrics,
         }
-        if (stale or progress.step == self.num_steps) and len(self.held_out) > 1:
+        first_or_last = stale or progress.step in (0, self.num_steps)
+        if first_or_last and len(self.held_out) > 1:
             others = with_other_prompts(self.held_out)
             record["loss_other_prompt"] = self._held_out_loss(prefix, others)
         self._tell(record)
@@ -260,6 +262,17 @@ class Loop:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._since
+
+    def _tell_end(self, reason: str) -> None:
+        self._tell(
+            {
+                "kind": "end",
+                "reason": reason,
+                "best_step": self.progress.best_step,
+                "best_loss": self.progress.best_loss,
+                "seconds": self._seconds(),
+            }
+        )
 
     def _tell(self, record: Record) -> None:
         for observer in self.hooks.observers:

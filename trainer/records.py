@@ -27,8 +27,29 @@ class MalformedLog(TrainerError):
     """A line of a run's log is no record; the message has the file and the line."""
 
 
+class BeginRecord(TypedDict):
+    """The first line, and again after a resumption: what the run works on.
+
+    `step`: steps done before. `training_tokens`: of prompts and completions, `min`, `median`, `p95`, `max`.
+    `base_loss`: held-out loss without a prefix. `num_prompts`: different ones among the training examples.
+    """
+
+    kind: Literal["begin"]
+    step: int
+    num_steps: int
+    num_parameters: int
+    num_training: int
+    num_held_out: int
+    training_tokens: dict[str, dict[str, int]]
+    held_out_tokens: dict[str, dict[str, int]]
+    num_virtual_tokens: NotRequired[int]
+    num_prompts: NotRequired[int]
+    num_completion_tokens: NotRequired[int]
+    base_loss: NotRequired[float]
+
+
 class StepRecord(TypedDict):
-    """One optimizer step. `seconds` since the run began, `grad_norm` before clipping."""
+    """One optimizer step. `seconds` since the run began, `grad_norm` before clipping, `num_tokens` fed to the base."""
 
     kind: Literal["step"]
     step: int
@@ -44,7 +65,7 @@ class HeldOutRecord(TypedDict):
     """Loss on the held-out data after `step` steps (0: before the first); generated metrics stand beside it.
 
     `loss_other_prompt`: the same with each completion behind another example's prompt. Where it is no higher
-    than `loss`, the completions do not depend on their prompts.
+    than `loss`, the completions do not depend on their prompts. Measured before the first step and at the end.
     """
 
     kind: Literal["held_out"]
@@ -80,12 +101,12 @@ class WarningRecord(TypedDict):
 
 
 class EndRecord(TypedDict):
-    """The last line of a run that ended by itself."""
+    """The last line of a run that ended by itself: finished, no improvement, or diverged (no finite loss any more)."""
 
     kind: Literal["end"]
     reason: str
     best_step: int
-    best_loss: float
+    best_loss: float | None
     seconds: float
 
 

@@ -29,6 +29,7 @@ from trainer.encoding import (
 )
 from trainer.errors import BadData, BadSetting, CannotResume
 from trainer.export import Export
+from trainer.held_out_loss import mean_loss
 from trainer.initial import InitialPrefix, initial_prefix, num_virtual_tokens
 from trainer.loop import HeldOutMetrics, Hooks, Loop
 from trainer.loss import Objective, next_token_loss
@@ -207,18 +208,7 @@ def _announce(
     resumed: bool,
 ) -> None:
     """The first records of a run, or of a resumed one: what it works on, and what is worth knowing."""
-    records: list[dict[str, Any]] = [
-        {
-            "kind": "begin",
-            "step": loop.progress.step,
-            "num_steps": loop.num_steps,
-            "num_parameters": sum(p.numel() for p in loop.encoder.parameters()),
-            "num_training": len(material.training),
-            "num_held_out": len(material.held_out),
-            "training_tokens": length_summary(material.training),
-            "held_out_tokens": length_summary(material.held_out),
-        }
-    ]
+    records = [_begin(material, loop)]
     if not resumed:
         records += [
             {"kind": "warning", "code": n.code, "message": n.message} for n in material.notices
@@ -226,6 +216,24 @@ def _announce(
     for record in records:
         for observer in observers:
             observer.on_record(record)
+
+
+def _begin(material: Material, loop: Loop) -> dict[str, Any]:
+    training, rows = material.training, loop.config.micro_batch_size or loop.config.batch_size
+    return {
+        "kind": "begin",
+        "step": loop.progress.step,
+        "num_steps": loop.num_steps,
+        "num_virtual_tokens": num_virtual_tokens(material.base.tokenizer, loop.config),
+        "num_parameters": sum(p.numel() for p in loop.encoder.parameters()),
+        "num_training": len(training),
+        "num_held_out": len(material.held_out),
+        "num_prompts": len({example.prompt_token_ids for example in training}),
+        "num_completion_tokens": sum(len(example.completion_token_ids) for example in training),
+        "training_tokens": length_summary(training),
+        "held_out_tokens": length_summary(material.held_out),
+        "base_loss": mean_loss(material.base, None, material.held_out, rows, loop.hooks.objective),
+    }
 
 
 def training_record(
