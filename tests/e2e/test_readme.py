@@ -80,6 +80,22 @@ def test_the_upload_walk_through_runs_and_leaves_nothing(server: LiveServer) -> 
         assert answer.status_code == 404
 
 
+def test_the_training_walk_through_runs_and_serves_what_it_trained(
+    server: LiveServer, tmp_path: Path
+) -> None:
+    script = blocks("bash")[3].replace("/tmp/", f"{tmp_path}/")
+    script = script.replace(".venv/bin/python", sys.executable)
+    script = script.replace(".venv/bin/prefixd", f"{sys.executable} -m server")
+    assert "2000" in script
+    assert "--num-steps 400" in script
+    short = script.replace("2000", "60").replace("--num-steps 400", "--num-steps 12")
+
+    output = run(["bash", "-euc"], short, server)
+
+    assert "best held-out loss" in output
+    assert '"text"' in output
+
+
 def test_every_file_that_the_readme_links_to_exists() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target

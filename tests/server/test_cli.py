@@ -69,7 +69,7 @@ def test_importing_the_command_line_loads_no_heavy_library() -> None:
 def test_help_lists_the_commands_and_serve_lists_the_settings(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(word in out for word in ("serve", "generate", "tasks", "config", "version"))
+    assert all(word in out for word in ("serve", "generate", "tasks", "train", "config", "version"))
 
     code, out, _ = run("serve", "--help")
     assert code == 0

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.tokenizer import Detokenizer, Tokenizer
@@ -96,3 +96,13 @@ def test_the_first_word_keeps_its_space_where_a_decoder_drops_it_at_the_start() 
     assert metaspace.decode([1]) == "world"
 
     assert Detokenizer(metaspace, prompt=[0]).push([1]) == " world"
+
+
+def test_special_tokens_are_added_by_default_and_left_out_on_request() -> None:
+    raw = RawTokenizer(models.WordLevel({"<s>": 0, "a": 1, "</s>": 2}, unk_token="</s>"))
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>"))
+
+    assert tokenizer.encode("a") == (0, 1)
+    assert tokenizer.encode("a", special_tokens=False) == (1,)
+    assert tokenizer.eos_token_id == 2
