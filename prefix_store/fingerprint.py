@@ -22,10 +22,12 @@ SAMPLED_TOKENS: Final = 1024
 
 # Settings that no weight shows. A list of names and not the whole config: later releases of transformers
 # add fields, which must not make another model of a stored one.
-_COMPUTED_WITH: Final = [
+_COMPUTED_WITH: Final = (
     "activation_function",
+    "alibi",
     "attention_multiplier",
     "attn_logit_softcapping",
+    "clip_qkv",
     "do_layer_norm_before",
     "embedding_multiplier",
     "final_logit_softcapping",
@@ -39,25 +41,37 @@ _COMPUTED_WITH: Final = [
     "logits_scaling",
     "max_window_layers",
     "model_type",
+    "moe_intermediate_size",
+    "n_group",
     "norm_eps",
+    "norm_topk_prob",
     "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
     "num_hidden_layers",
     "num_key_value_heads",
+    "num_local_experts",
     "parallel_residual",
     "partial_rotary_factor",
+    "qk_layernorm",
     "query_pre_attn_scalar",
     "residual_multiplier",
     "rms_norm_eps",
     "rope_parameters",
+    "rotary_dim",
     "rotary_pct",
+    "routed_scaling_factor",
     "scale_attn_by_inverse_layer_idx",
     "scale_attn_weights",
     "sliding_window",
     "sliding_window_pattern",
+    "swiglu_limit",
     "tie_word_embeddings",
+    "topk_group",
     "use_parallel_residual",
+    "use_qk_norm",
     "use_sliding_window",
-]
+)
 
 # Case, digits, spaces, punctuation, code, other scripts, and an emoji of several code points.
 _SENTENCES: Final = (
@@ -72,7 +86,8 @@ _SENTENCES: Final = (
 def base_fingerprint(model: torch.nn.Module) -> str:
     """`sha256:<hex>` over name, shape and up to 64 values of every named parameter.
 
-    Values are rounded to bfloat16 first, so that float32 and bfloat16 loads of the same weights agree.
+    Values are rounded to bfloat16 first, so that float32 and bfloat16 loads of the same weights agree. A float32
+    checkpoint that is loaded as float16 was rounded on the way, and differs.
     """
     sha = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -87,9 +102,18 @@ def config_fingerprint(config: Any) -> str:
     A field that is missing and one that is None are the same.
     """
     found = {name: getattr(config, name, None) for name in _COMPUTED_WITH}
-    present = {name: value for name, value in found.items() if value is not None}
+    present = {name: _plain(value) for name, value in found.items() if value is not None}
     text = json.dumps(present, sort_keys=True, default=str)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _plain(value: Any) -> Any:
+    """The same setting however it was written: 10000 and 10000.0 are one theta."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

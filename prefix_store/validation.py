@@ -184,6 +184,8 @@ def _check_fingerprints(header: ArtifactHeader, base: BaseSpec) -> Iterator[Prob
     ):
         if got is not None and expected is not None and got != expected:
             detail = f"trained on a base whose {what} fingerprint is {got}, the base model's is {expected}"
+            if field == "fingerprint" and base.layout.dtype == "float16":
+                detail += " (a float32 checkpoint served in float16 is rounded: serve it in float32 or bfloat16)"
             yield Problem(f"/manifest/base_model/{field}", detail)
 
 

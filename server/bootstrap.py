@@ -179,7 +179,8 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
         config.store_dir,
         base,
         host_cache_bytes=int(config.host_cache_bytes),
-        max_num_virtual_tokens=config.max_num_virtual_tokens,
+        # A longer prefix would leave no room for one token of a prompt and one of an answer.
+        max_num_virtual_tokens=min(config.max_num_virtual_tokens, max(pool.max_model_len - 2, 1)),
     )
     if config.model is None:
         publish_demo_prefixes(store, base)

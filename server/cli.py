@@ -25,6 +25,7 @@ from server import __version__
 from server.cli_audit import audit_app
 from server.cli_convert import convert_app
 from server.cli_inspect import inspect_app
+from server.cli_report import shown
 from server.cli_tasks import tasks_app
 from server.cli_train import doctor_app, evaluate_app, hand_over_app, train_app
 from server.cli_verify import verify_app
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script. Exit codes: 1 what was asked for failed, 2 it was asked for wrongly."""
     tokens = sys.argv[1:] if arguments is None else arguments
     try:
-        app(tokens, exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")
+        result = app(tokens, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:  # already shown
         sys.exit(USAGE_ERROR)
     except ConfigError as error:
@@ -84,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    sys.exit(0)
+    if isinstance(result, str):
+        print(result)  # as it is: programmes read it, and a pipe has no width
+    sys.exit(result if isinstance(result, int) else 0)
 
 
 def _show_error(error: Exception) -> None:
@@ -92,7 +95,7 @@ def _show_error(error: Exception) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    box = Panel(Text(str(error)), title="Error", title_align="left", style="red")
+    box = Panel(Text(shown(str(error))), title="Error", title_align="left", style="red")
     Console(stderr=True).print(box)
 
 

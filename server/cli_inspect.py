@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import App, Parameter
 
 from prefix_store.errors import MalformedArtifact
+from server.cli_report import shown
 from server.config import ServeConfig
 from server.errors import PrefixdError
 
@@ -60,20 +62,15 @@ def _drawn(file: Path, model: str | None) -> list[RenderableType]:
         digest = f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
         content.seek(0)
         head = content.read(LENGTH_BYTES + MAX_HEADER_BYTES)
-    title = f"{_shown(file.name)}  {num_bytes:,} bytes  {digest}"
+    title = f"{shown(file.name)}  {num_bytes:,} bytes  {digest}"
     try:
         read_header(head, num_bytes)
     except MalformedArtifact as reason:
         # Another format may still be a safetensors file; one that is not even that is refused here.
         return [title, *_foreign(read_tensor_file(head, num_bytes), reason)]
     prefix = decode(bytearray(file.read_bytes()), digest)
-    natural = None if model is None else _natural(model)
+    natural = None if model is None else _natural(model, prefix)
     return [title, _facts(prefix), _layers(prefix, natural)]
-
-
-def _shown(text: str) -> str:
-    """Text of a file that anybody may have written: what could steer a terminal is shown, not sent."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _facts(prefix: Prefix) -> RenderableType:
@@ -84,7 +81,7 @@ def _facts(prefix: Prefix) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _rows(prefix):
-        table.add_row(Text(_shown(name)), Text(_shown(value)))
+        table.add_row(Text(shown(name)), Text(shown(value)))
     return table
 
 
@@ -176,24 +173,22 @@ def _layers(prefix: Prefix, natural: Sequence[LayerNorms] | None) -> RenderableT
     from prefix_store.norms import layer_norms
 
     norms = layer_norms(prefix.keys, prefix.values)
-    if natural is not None and len(natural) != len(norms):
-        raise InspectFailed(f"the prefix has {len(norms)} layers, the model has {len(natural)}")
     table = Table(
         title="mean norm of a head's vector", title_justify="left", box=None, pad_edge=False
     )
-    part_columns = ("", "x own") if natural is not None else ("",)
+    part_columns = ("", "ratio") if natural is not None else ("",)
     for header in ("layer", "keys", *part_columns, "values", *part_columns, "largest"):
         bar = header in ("keys", "values")
         table.add_column(header, justify="left" if bar else "right", no_wrap=True)
     everything = (*norms, *(natural or ()))
-    tops = max(n.key for n in everything), max(n.value for n in everything)
+    tops = _top(n.key for n in everything), _top(n.value for n in everything)
     for index, own in enumerate(norms):
         model = None if natural is None else natural[index]
         keys = _part(own.key, tops[0], None if model is None else model.key)
         values = _part(own.value, tops[1], None if model is None else model.value)
         table.add_row(str(index), *keys, *values, f"{own.largest:.3g}")
     if natural is not None:
-        table.caption = "| and x own: against the model's own keys and values on ordinary text"
+        table.caption = "| and ratio: against the model's own keys and values on ordinary text"
         table.caption_justify = "left"
     return table
 
@@ -204,16 +199,23 @@ def _part(value: float, top: float, natural: float | None) -> list[str]:
     return [_bar(value, top, natural), f"{value:.3g}", *ratio]
 
 
+def _top(norms: Iterable[float]) -> float:
+    """The longest bar: the largest norm that is a number."""
+    return max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+
+
 def _bar(value: float, top: float, natural: float | None) -> str:
     """A bar of blocks, with a mark where the model's own would end."""
+    if not math.isfinite(value):  # the figure beside it says so
+        return "?" * _BAR
     cells = ["█"] * round(_BAR * value / top) if top else []
     cells += [" "] * (_BAR - len(cells))
-    if natural is not None:
+    if natural is not None and top:
         cells[min(round(_BAR * natural / top), _BAR - 1)] = "|"
     return "".join(cells)
 
 
-def _natural(source: str) -> tuple[LayerNorms, ...]:
+def _natural(source: str, prefix: Prefix) -> tuple[LayerNorms, ...]:
     from server.engine.tokenizer import Tokenizer
     from server.model.attention import make_attention_backend
     from server.model.device import pick_device
@@ -221,7 +223,19 @@ def _natural(source: str) -> tuple[LayerNorms, ...]:
     from server.model.natural_kv import TEXT, natural_norms
 
     config = ServeConfig()
+    if source.startswith(("/", ".", "~")) and not Path(source).expanduser().is_dir():
+        raise InspectFailed(f"--model {source}: there is no such folder")
     model = load_model(source, device=pick_device(config.device), dtype=config.dtype)
+    expected = [(x.num_kv_heads, x.key_dim, x.value_dim) for x in model.layout.layers]
+    got = [
+        (k.shape[1], k.shape[2], v.shape[2])
+        for k, v in zip(prefix.keys, prefix.values, strict=True)
+    ]
+    if got != expected:
+        raise InspectFailed(
+            f"the prefix is for another model: it has {len(got)} layers, the first of (heads, key, value) "
+            f"{got[0]}; {model.model_id} has {len(expected)}, the first of {expected[0]}"
+        )
     token_ids = Tokenizer.load(source).encode(TEXT)
     return natural_norms(model, make_attention_backend(config.attention), token_ids)
 
@@ -234,10 +248,10 @@ def _foreign(file: TensorFile, reason: MalformedArtifact) -> list[RenderableType
     for header in ("tensor", "dtype", "shape"):
         table.add_column(header)
     for entry in file.tensors.values():
-        table.add_row(Text(_shown(entry.name)), file.dtype, str(list(entry.shape)))
-    why = _shown(reason.problems[0].detail)
+        table.add_row(Text(shown(entry.name)), file.dtype, str(list(entry.shape)))
+    why = shown(reason.problems[0].detail)
     rows: list[RenderableType] = [f"not a native artifact: {why}", table]
     if file.metadata:
-        rows.append(_shown(f"metadata: {json.dumps(file.metadata, ensure_ascii=False)[:500]}"))
+        rows.append(shown(f"metadata: {json.dumps(file.metadata, ensure_ascii=False)[:500]}"))
     rows.append("an upload, or `prefixd verify`, says what a server takes it for")
     return rows

@@ -1,4 +1,4 @@
-"""What was found in a prefix, line by line for a terminal. Called by `prefixd verify` and `prefixd tasks push`."""
+"""What the command line shows of files and answers that others wrote. Called by the commands, on the main thread."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def lines_of(report: dict[str, Any]) -> list[str]:
         title = f"{name.removesuffix('s')}:"
         lines += [f"{title:<11} {text}" for text in report[name]]
     return lines
+
+
+def shown(text: str) -> str:
+    """`text` with whatever could steer a terminal written out, line by line."""
+    return "\n".join(
+        "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.split("\n")
+    )

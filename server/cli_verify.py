@@ -44,12 +44,25 @@ def verify(
 
     config = config or ServeConfig()
     set_up_logging("warning", config.log_format)
-    if not file.is_file():
-        raise VerifyFailed(f"{file}: there is no such file")
+    _check_readable(file)  # before a model is loaded for it
     options = ImportOptions(peft_type, task_index, rebase)
     with tempfile.TemporaryDirectory() as directory:
         report = _report(config, Path(directory), file, options)
-    return json.dumps(report, indent=2) if as_json else "\n".join(lines_of(report))
+    return (
+        json.dumps(report, indent=2)
+        if as_json
+        else "\n".join([f"model:      {report['model']}, in {report['dtype']}", *lines_of(report)])
+    )
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        if file.exists() and not file.is_file():
+            raise VerifyFailed(f"{file}: expected a regular file")
+        with file.open("rb") as body:
+            body.read(1)
+    except OSError as error:
+        raise VerifyFailed(f"{file}: {error.strerror}") from None
 
 
 def _report(
@@ -73,6 +86,8 @@ async def _examine(serving: ServingEngine, file: Path, options: ImportOptions) -
                     upload.write(piece)
             async with serving.intake.examined(upload, options) as examined:
                 return {
+                    "model": serving.model.model_id,
+                    "dtype": serving.model.layout.dtype,
                     "digest": examined.upload.digest,
                     "size": examined.upload.num_bytes,
                     "num_virtual_tokens": examined.manifest.num_virtual_tokens,

@@ -92,10 +92,10 @@ async def stored(
     """Makes an examined prefix a version of `task`: 201 for a new task, else 200; noted for the audit log."""
     services = services_of(request)
     existed = exists(services.store, task)
+    report = examined.report()
     result = await run_in_threadpool(functools.partial(examined.upload.commit, task, **conditions))
     noted(request, result.version)
     note(request, created=result.created, activated=result.activated)
-    report = examined.report()
     if result.activated:
         report["warnings"] += await follow_pin(services, result.version)
     services.metrics.welcome_task(result.version.task)

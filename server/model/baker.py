@@ -19,6 +19,7 @@ from server.engine.messages import ScheduledRow
 from server.engine.sequence import Sequence
 from server.kvcache.kv_cache import KVCache
 from server.model.attention.base import AttentionBackend, PagedAttention
+from server.model.device import memory_or_later
 from server.model.forward_batch import build_forward_batch
 from server.model.loader import LoadedModel
 from server.types import GenerationRequest, SamplingParams
@@ -35,9 +36,10 @@ class Baker:
         self._backend = backend
 
     def start(self, prompt: SoftPrompt | tuple[int, ...]) -> Bake:
-        """A bake of token ids or of embeddings. Takes memory for the whole prefix."""
+        """A bake of token ids or of embeddings. Takes memory for the whole prefix, or raises `EngineOverloaded`."""
         tensor = prompt.embeddings if isinstance(prompt, SoftPrompt) else torch.tensor(prompt)
-        return Bake(self._model, self._backend, tensor)
+        with memory_or_later("to bake the prompt"):
+            return Bake(self._model, self._backend, tensor)
 
 
 class Bake:
@@ -54,10 +56,10 @@ class Bake:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Prefills the next chunk; True when it was the last."""
+        """Prefills the next chunk; True when it was the last. Raises `EngineOverloaded` for want of memory."""
         count = min(CHUNK_TOKENS, len(self._prompt) - self._done)
         batch = build_forward_batch([self._row(count)], self._cache)
-        with self._model.connected(self._attention):
+        with memory_or_later("to bake the prompt"), self._model.connected(self._attention):
             self._attention.begin(batch)
             try:
                 self._model.module(

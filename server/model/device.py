@@ -1,17 +1,19 @@
-"""Which device, and how much of its memory the KV pool may take.
+"""Which device, how much of its memory the KV pool may take, and what it means when there is none left.
 
-Runs once at start; called by `server.bootstrap`.
+Called by `server.bootstrap` at start; `memory_or_later` by bakes and trials, on the engine thread and workers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from server.errors import ConfigError
+from server.errors import ConfigError, EngineOverloaded
 
 # Of the memory that is free once the weights are loaded. The CPU shares its memory with everything else.
 _CPU_SHARE: Final = 0.25
@@ -49,3 +51,19 @@ def _available_host_bytes() -> int:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         free = min(free, max(0, int(text) - used))
     return free
+
+
+@contextlib.contextmanager
+def memory_or_later(purpose: str) -> Iterator[None]:
+    """Memory that is short now may be there later: raises `EngineOverloaded` then; running requests go on.
+
+    For work outside of the KV pool. A CPU's allocator raises a plain `RuntimeError`.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise EngineOverloaded(
+            f"there is not enough memory {purpose} now; try again later"
+        ) from None

@@ -1,6 +1,6 @@
 """Performs a step plan: writes prefixes into the pool, runs the model once, samples.
 
-Owned by the engine thread; called by `EngineCore.step` only. Decides nothing: which rows run, in which
+Owned by the engine thread; `execute` is called by `EngineCore.step` only, `forward` by trials and the self-check too. Decides nothing: which rows run, in which
 blocks, is all in the plan.
 """
 

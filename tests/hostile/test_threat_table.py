@@ -17,8 +17,8 @@ Where this differs from the usual advice, on purpose:
   length is compared with the largest artifact, not with all sizes that one can have;
 * row 3: the room on the disk is not asked for before: what is written there besides can take it meanwhile, so the
   failing write decides. It is undone at once;
-* row 14: no probe runs through the model before an upload is accepted. A row of logits that is not finite fails
-  its own request, and those beside it are as they were (`test_over_http`, where a model is at hand);
+* row 14: the trial on the model is in `tests/server/model/test_prover.py` and `tests/e2e/test_proof.py`; here, that a
+  row of logits that is not finite fails its own request, and those beside it are as they were (`test_over_http`);
 * row 19: there is no `Idempotency-Key`. The same bytes are the same version.
 
 Not here, because the server has one tenant so far: quotas and slots per tenant (rows 2 and 21), and that equal

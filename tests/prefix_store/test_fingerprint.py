@@ -93,6 +93,19 @@ def test_settings_that_compute_nothing_leave_the_fingerprint() -> None:
     assert config_fingerprint(others) == config_fingerprint(llama_config())
 
 
+def test_how_a_number_is_written_makes_no_other_model() -> None:
+    def config(theta: float) -> LlamaConfig:
+        return llama_config(rope_parameters={"rope_type": "default", "rope_theta": theta})
+
+    assert config_fingerprint(config(10000)) == config_fingerprint(config(10000.0))
+
+
+def test_how_many_experts_answer_is_part_of_the_fingerprint() -> None:
+    one = tiny_model("gpt_oss", num_experts_per_tok=1).config
+    two = tiny_model("gpt_oss", num_experts_per_tok=2).config
+    assert config_fingerprint(one) != config_fingerprint(two)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(demo.MODEL_DIR))

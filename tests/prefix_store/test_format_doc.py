@@ -9,18 +9,17 @@ from typing import get_args
 import pytest
 import torch
 from pydantic import BaseModel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefix_store.artifact import digest_of
-from prefix_store.fingerprint import base_fingerprint
 from prefix_store.header import FILE_DTYPES, LENGTH_BYTES, MAX_HEADER_BYTES
 from prefix_store.manifest import MAX_NESTING
 from prefix_store.spec import FORMAT_VERSION, PrefixManifest
 from prefix_store.validation import Limits, accept
 from server.model.attention import make_attention_backend
+from server.model.base_spec import base_spec
 from server.model.loader import adopt_model
 from server.model.prover import Prover
-from tests.prefix_store.builders import base_with
+from tests.tiny_models import tiny_model
 
 DOC = (Path(__file__).parents[2] / "docs" / "prefix-format.md").read_text()
 
@@ -56,31 +55,24 @@ def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
     assert all(f"`{dtype}`" in DOC for dtype in FILE_DTYPES)
 
 
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", "mistral", "gemma2", "gemma3_text", "gpt_oss"]
+)
 def test_the_example_writes_an_artifact_that_a_server_accepts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where P is longer than a sliding window, and where kinds of layers have thetas of their own."""
     example = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)[0]
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    model = LlamaForCausalLM(config).eval()
+    module = tiny_model(architecture)
     monkeypatch.chdir(tmp_path)
 
-    exec(example, {"model": model, "tokenizer": None, "input_ids": torch.tensor([[1, 2, 3, 4, 5]])})
+    exec(example, {"model": module, "tokenizer": None, "input_ids": torch.arange(3, 43)[None]})
 
     data = bytearray((tmp_path / "task.safetensors").read_bytes())
-    base = base_with(fingerprint=base_fingerprint(model))
-    prefix = accept(data, digest_of(data), base, Limits())
-    assert prefix.manifest.first_position == 5
-    assert prefix.keys[1].shape == (5, 2, 4)
-    prover = Prover(adopt_model(model, model_id="tiny"), make_attention_backend("auto"))
-    trial = prover.prepare(prefix)
+    model = adopt_model(module, model_id="tiny")
+    prefix = accept(data, digest_of(data), base_spec(model), Limits())
+    assert prefix.manifest.first_position == 40
+    trial = Prover(model, make_attention_backend("auto")).prepare(prefix)
     trial.smoke()
     proof = trial.probe()
     assert proof.probe_difference is not None

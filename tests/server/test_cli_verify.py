@@ -45,20 +45,28 @@ def swapped(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_bundled_prefix_reproduces_its_probe_on_the_bundled_model(run: Run) -> None:
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.001), ("bfloat16", 0.3)])
+def test_every_bundled_prefix_reproduces_its_probe_on_the_bundled_model(
+    run: Run, monkeypatch: pytest.MonkeyPatch, dtype: str, most: float
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")  # JSON is for programmes: it has no width
     for path in sorted(demo.PREFIXES_DIR.glob("*.safetensors")):
-        code, out, _ = run("verify", path, "--json")
+        code, out, _ = run("verify", path, "--json", "--dtype", dtype)
         report = json.loads(out)
         assert code == 0
         assert report["unverified"] == []
-        assert report["proof"]["probe"]["max_difference_nats"] < 0.001
+        assert report["dtype"] == dtype
+        assert report["proof"]["probe"]["max_difference_nats"] < most
         assert report["digest"] == digest_of(path.read_bytes())
 
 
 def test_a_report_is_a_few_lines_for_a_terminal(run: Run) -> None:
     code, out, _ = run("verify", SENTIMENT)
     assert code == 0
-    assert out.startswith("recognised: native artifact, format version 1\nsmoke:      passed")
+    assert out.startswith(
+        "model:      demo, in float32\nrecognised: native artifact, format version 1\n"
+    )
+    assert "\nsmoke:      passed" in out
     assert "\nprobe:      reproduced, off by " in out
 
 
@@ -80,7 +88,7 @@ def test_a_peft_file_is_verified_as_what_it_becomes(run: Run, tmp_path: Path) ->
     path.write_bytes(peft_file(prompt_embeddings=torch.randn(4, 192)))
     code, out, _ = run("verify", path)
     assert code == 0
-    assert out.startswith("recognised: PEFT prompt tuning, p-tuning or CPT")
+    assert "\nrecognised: PEFT prompt tuning, p-tuning or CPT" in out
     assert "unverified: base model" in out
 
 
@@ -156,3 +164,34 @@ def test_only_regular_files_are_read(run: Run, tmp_path: Path, command: str) -> 
         code, _, err = run(command, path)
         assert code == 1
         assert path.name in err
+
+
+def test_a_refusal_can_not_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "evil.safetensors"
+    path.write_bytes(peft_file(**{"\x1b[2Jname": torch.zeros(1, 2)}))
+    for command in ("verify", "inspect"):
+        _, out, err = run(command, path)
+        assert {c for c in out + err if not c.isprintable()} <= {"\n"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_prefix_that_is_broken_can_still_be_looked_at(
+    run: Run, tmp_path: Path, value: float
+) -> None:
+    data = make_artifact()
+    prefix = decode(data, digest_of(data))
+    path = tmp_path / "broken.safetensors"
+    broken = [torch.full_like(key, value) for key in prefix.keys]
+    path.write_bytes(encode(prefix.manifest, broken, prefix.values))
+    code, out, _ = run("inspect", path)
+    assert code == 0
+    assert "????" in out
+
+
+def test_norms_are_not_compared_with_those_of_another_geometry(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(make_artifact())
+    code, _, err = run("inspect", path, "--model", demo.MODEL_DIR)
+    assert code == 1
+    assert "the prefix is for another model: it has 2 layers" in " ".join(err.split())
+    assert "no such folder" in " ".join(run("inspect", path, "--model", "/nowhere")[2].split())
