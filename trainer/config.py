@@ -18,7 +18,7 @@ from trainer.schedule import Shape
 
 DEFAULT_NUM_VIRTUAL_TOKENS: Final = 16
 DEFAULT_NUM_EPOCHS: Final = 3
-MIN_DEFAULT_STEPS: Final = 400
+MIN_DEFAULT_STEPS: Final = 800
 DEFAULT_NUM_EVALUATIONS: Final = 10
 DEFAULT_LEARNING_RATES: Final = {"direct": 5e-2, "mlp": 5e-3, "soft": 5e-2}
 """Direct keys and values are learned in units of their initial size, so 5e-2 is a twentieth of it a step.
@@ -127,7 +127,7 @@ class TrainConfig(BaseModel):
     num_epochs: Annotated[float | None, Parameter(group=_STEPS)] = Field(
         default=None,
         gt=0,
-        description="Passes over the data; 3, and at least 400 steps, if neither is given",
+        description="Passes over the data; 3, and at least 800 steps, if neither is given",
     )
     batch_size: Annotated[int, Parameter(group=_STEPS)] = Field(
         default=16, ge=1, description="Examples of a step"

@@ -45,7 +45,7 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
     assert config(encoder="mlp").peak_learning_rate == DEFAULT_LEARNING_RATES["mlp"]
     assert config(encoder="mlp", learning_rate=0.5).peak_learning_rate == 0.5
     assert config(num_epochs=2.5).num_steps_for(10) == 25
-    assert config().num_steps_for(10) == 400
-    assert config().num_steps_for(200) == 600
+    assert config().num_steps_for(10) == 800
+    assert config().num_steps_for(300) == 900
     assert config(num_steps=7).num_steps_for(10) == 7
     assert config(num_epochs=0.001).num_steps_for(10) == 1
