@@ -23,6 +23,7 @@ COPY server server
 COPY prefix_store prefix_store
 COPY demo demo
 COPY converter converter
+COPY trainer trainer
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip wheel --no-deps --wheel-dir /wheels .
 

@@ -17,10 +17,10 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check bench fmt clean
+.PHONY: help install demo serve test check bench fuzz kill-loop crash fmt clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 install: .venv/.dev ## make .venv with the server and the tools for development
 
@@ -41,6 +41,15 @@ check: .venv/.dev ## lint, format, types, import contracts: all that is quick an
 
 bench: .venv/.dev ## measure prefixd against PEFT on this machine
 	$(BIN)/python benchmarks/peft_comparison.py $(ARGS)
+
+fuzz: .venv/.dev ## a million hostile uploads against the validator; ARGS="--jobs 8 --seed 2"
+	$(BIN)/python -m tests.hostile.fuzz $(ARGS)
+
+kill-loop: .venv/.dev ## SIGKILL the server 2,000 times and look for what it acknowledged; ARGS="--cycles 200"
+	$(BIN)/python -m tests.e2e.kill_loop $(ARGS)
+
+crash: .venv/.dev ## crash the store at every point of every scenario, on files that forget what was not synced
+	$(BIN)/python -m tests.prefix_store.crash $(ARGS)
 
 fmt: .venv/.dev ## fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .

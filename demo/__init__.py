@@ -14,6 +14,8 @@ MODEL_DIR: Final = DEMO_DIR / "model"
 PREFIXES_DIR: Final = DEMO_DIR / "prefixes"
 SAMPLES_FILE: Final = DEMO_DIR / "samples.json"
 SCORES_FILE: Final = DEMO_DIR / "scores.json"
+GENERAL_TEXT_FILE: Final = DEMO_DIR / "general_text.txt"
+"""Text like the base's pretraining text, of no task: what a prefix must not make it forget."""
 BASE_MODEL_ID: Final = "prefixd-demo-base"
 """How the bundled prefixes name their base; which release of it, their fingerprint says."""
 

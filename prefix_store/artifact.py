@@ -93,9 +93,13 @@ def decode(data: bytes | bytearray, digest: str) -> Prefix:
 
     A bytearray becomes the memory of the tensors and must not be written to afterwards; bytes are copied.
     """
-    header = read_header(data, len(data))
     owned = data if isinstance(data, bytearray) else bytearray(data)
-    tensors = _tensors(header, owned)
+    return decode_with(read_header(data, len(data)), owned, digest)
+
+
+def decode_with(header: ArtifactHeader, data: bytearray, digest: str) -> Prefix:
+    """The prefix in `data`, of which `header` was read; a header may be 64 KiB of JSON."""
+    tensors = _tensors(header, data)
     return Prefix(digest, header.manifest, tuple(tensors[0::2]), tuple(tensors[1::2]))
 
 

@@ -39,7 +39,8 @@ _END_BYTES: Final = len(b',"hash":""}') + 64
 class AuditReport:
     """What a check found. `fault`: the first thing wrong, if any; the counts are up to there.
 
-    `torn_bytes`: length of a last line without an end, as a crash leaves it.
+    `torn_bytes`: length of a last line without an end, or with zero bytes in it, as a crash leaves it: a file may have
+    become longer before all that was written reached the disk.
     """
 
     num_records: int = 0
@@ -139,7 +140,9 @@ class AuditLog:
         self._size = os.fstat(self._fd).st_size - report.torn_bytes
         if report.torn_bytes:
             os.ftruncate(self._fd, self._size)
-            os.fsync(self._fd)
+        # Whoever wrote this may have been killed before it lasted, or before the file's name did.
+        os.fsync(self._fd)
+        files.sync_dir(self._directory)
         if not self._size:  # a crash right after a rotation
             return self._recover_before(names, report.torn_bytes)
         first = _first_record(names[-1])
@@ -164,7 +167,7 @@ def verify(directory: Path, head: str | None = None) -> AuditReport:
 
 
 def _file_names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if _FILE_NAME.fullmatch(path.name))
+    return [name for name in files.names_in(directory) if _FILE_NAME.fullmatch(name)]
 
 
 def _first_record(name: str) -> int:
@@ -182,9 +185,9 @@ def _check_files(
             return AuditReport(
                 count, head or _GENESIS, f"file {name} does not begin at record {seq + 1}"
             )
-        for line in _lines(directory / name):
-            if not line.endswith(b"\n"):
-                if name == names[-1] and len(line) <= MAX_LINE_BYTES:
+        for line, is_last in _lines(directory / name):
+            if b"\0" in line or not line.endswith(b"\n"):
+                if name == names[-1] and is_last and len(line) <= MAX_LINE_BYTES:
                     return AuditReport(count, head or _GENESIS, None, len(line), found)
                 return AuditReport(count, head or _GENESIS, f"record {seq + 1} is torn", 0, found)
             fault, own = _check_line(line[:-1], seq + 1, head)
@@ -195,10 +198,14 @@ def _check_files(
     return AuditReport(count, head or _GENESIS, found_head=found)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Each line, bounded in length, and whether it is the last."""
     with contextlib.closing(os.fdopen(files.open_existing(path), "rb")) as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            yield line
+        line = file.readline(MAX_LINE_BYTES + 1)
+        while line:
+            following = file.readline(MAX_LINE_BYTES + 1)
+            yield line, not following
+            line = following
 
 
 def _check_line(line: bytes, seq: int, prev: str | None) -> tuple[str | None, str]:

@@ -1,8 +1,9 @@
 """The records of a task's version log, and the chain that ties them together.
 
 A record is one JSON object. It names its place (`index`, from 1), the task, and the SHA-256 of the record
-before it (`prev`), so a record that was changed, lost, swapped or moved to another task is noticed. A `kind`
-never changes its meaning or its fields: what is new gets a new kind, so old logs stay readable for ever, and
+before it (`prev`), so a record that was changed, lost, swapped or moved to another task is noticed. It ends with
+a SHA-256 over itself, the seal, because nothing names the hash of the last one, and there a flipped bit could move
+`live`. Records from before seals have none and are read as they are. A `kind` never changes its meaning or its fields: what is new gets a new kind, so old logs stay readable for ever, and
 a program that does not know a kind finds the log damaged instead of reading it wrongly. Pure functions on any
 thread; called by `catalog`.
 """
@@ -10,6 +11,7 @@ thread; called by `catalog`.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -18,6 +20,9 @@ from prefix_store.spec import PrefixManifest
 
 GENESIS: Final = "0" * 64
 """`prev` of a log's first record."""
+
+_SEAL: Final = re.compile(rb',"sha256":"([0-9a-f]{64})"\}')
+_SEAL_BYTES: Final = len(b',"sha256":""}') + 64
 
 
 class _Record(BaseModel):
@@ -97,12 +102,23 @@ _ADAPTER: Final[TypeAdapter[Record]] = TypeAdapter(Annotated[Record, Field(discr
 
 def dump(record: Record) -> bytes:
     """The bytes to store."""
-    return _ADAPTER.dump_json(record)
+    return sealed(_ADAPTER.dump_json(record))
+
+
+def sealed(text: bytes) -> bytes:
+    """A JSON object with the hash of its text as one more field, the last."""
+    return text[:-1] + b',"sha256":"' + chain_hash(text).encode() + b'"}'
 
 
 def load(payload: bytes) -> Record:
-    """The record in `payload`. Raises `ValueError` when it is not one."""
-    return _ADAPTER.validate_json(payload)
+    """The record in `payload`. Raises `ValueError` when it is not one, or not what its seal says."""
+    seal = _SEAL.fullmatch(payload[-_SEAL_BYTES:])
+    if seal is None:  # no kind has such a field, so a damaged seal is refused as an unknown one
+        return _ADAPTER.validate_json(payload)
+    text = payload[:-_SEAL_BYTES] + b"}"
+    if chain_hash(text) != seal[1].decode():
+        raise ValueError("the record is not what its seal says")
+    return _ADAPTER.validate_json(text)
 
 
 def chain_hash(payload: bytes) -> str:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
 from prefix_store.errors import InvalidTaskName
 
@@ -151,10 +151,12 @@ class GenerationDefaults(_Frozen):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=1e-6, le=1)
     top_k: int | None = Field(default=None, ge=0, le=1_000_000)
-    stop: tuple[StopString, ...] = Field(default=(), max_length=4)
+    # Fail fast: a fault for each of twenty thousand entries is work, and tells nobody more than one.
+    stop: Annotated[tuple[StopString, ...], FailFast()] = Field(default=(), max_length=4)
 
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+LogProb = Annotated[float, Field(le=0)]
 
 
 class Probe(_Frozen):
@@ -166,9 +168,9 @@ class Probe(_Frozen):
     model is free to add one number to all logits, and some have offsets far above what tells tokens apart.
     """
 
-    input_ids: tuple[TokenId, ...] = Field(min_length=1, max_length=64)
-    top_ids: tuple[TokenId, ...] = Field(min_length=1, max_length=32)
-    top_logprobs: tuple[Annotated[float, Field(le=0)], ...] = Field(min_length=1, max_length=32)
+    input_ids: Annotated[tuple[TokenId, ...], FailFast()] = Field(min_length=1, max_length=64)
+    top_ids: Annotated[tuple[TokenId, ...], FailFast()] = Field(min_length=1, max_length=32)
+    top_logprobs: Annotated[tuple[LogProb, ...], FailFast()] = Field(min_length=1, max_length=32)
     tolerance: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")

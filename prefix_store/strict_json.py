@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Final, NoReturn
 
 from pydantic import JsonValue
 
 MAX_INT: Final = 2**53
 """Larger integers change their value in readers that hold numbers as doubles."""
+
+_LONG_INT: Final = re.compile(r"[0-9]{16}")
+"""Without one, and without a minus zero, no integer is refused; so thirty thousand need no call each."""
 
 
 def parse(text: str, *, max_depth: int) -> JsonValue:
@@ -22,13 +26,13 @@ def parse(text: str, *, max_depth: int) -> JsonValue:
         value: JsonValue = json.loads(
             text,
             object_pairs_hook=_unique_keys,
-            parse_int=_bounded_int,
+            parse_int=_bounded_int if "-0" in text or _LONG_INT.search(text) else int,
             parse_float=_finite_float,
             parse_constant=_no_constant,
         )
     except RecursionError:
         raise ValueError(f"nested deeper than {max_depth} levels") from None
-    if _depth(value, max_depth + 1) > max_depth:
+    if _is_deeper(value, max_depth):
         raise ValueError(f"nested deeper than {max_depth} levels")
     _no_lone_surrogates(text, value)
     return value
@@ -61,12 +65,17 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _depth(value: JsonValue, limit: int) -> int:
-    """Levels of nesting, 0 for a scalar; stops counting at `limit`, so it can not recurse far."""
-    if limit == 0 or not isinstance(value, dict | list):
-        return 0
-    children = value.values() if isinstance(value, dict) else value
-    return 1 + max((_depth(child, limit - 1) for child in children), default=0)
+def _is_deeper(value: JsonValue, limit: int) -> bool:
+    """Whether there are more than `limit` levels of containers; goes down by levels, so it can not recurse."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        level = [
+            child
+            for container in level
+            for child in (container.values() if type(container) is dict else container)
+            if type(child) is dict or type(child) is list  # of json.loads, so of no subclass
+        ]
+    return bool(level)
 
 
 def _no_lone_surrogates(text: str, value: JsonValue) -> None:

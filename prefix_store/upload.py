@@ -25,6 +25,7 @@ from prefix_store.validation import (
     accept,
     max_artifact_bytes,
     require_compatible,
+    value_warnings,
     warnings_for,
 )
 
@@ -56,6 +57,7 @@ class Upload:
         self._base = base
         self._limits = limits
         self._judged: Prefix | None = None  # what the bytes are, once they were found servable
+        self.warnings: tuple[str, ...] = ()  # what `judge` found worth telling
         self._lock = threading.RLock()  # a file closed under its reader might be another's by then
         self._max_bytes = max_artifact_bytes(base, limits.max_num_virtual_tokens)
 
@@ -110,8 +112,10 @@ class Upload:
             self._check_digest(expected_sha256)
             head = self._staged.read(LENGTH_BYTES + MAX_HEADER_BYTES)
             require_compatible(read_header(head, self._staged.num_bytes), self._base, self._limits)
-            self._judged = accept(self._read_back(), self._staged.digest, self._base, self._limits)
-            return self._judged
+            prefix = accept(self._read_back(), self._staged.digest, self._base, self._limits)
+            self._judged = prefix
+            self.warnings = (*warnings_for(prefix.manifest, self._base), *value_warnings(prefix))
+            return prefix
 
     @property
     def digest(self) -> str:
@@ -142,7 +146,7 @@ class Upload:
         with self._lock, self:  # leaving aborts, which after publishing only tidies up
             # Asked now to spare the work, and again when the record is written.
             self._catalog.check_preconditions(task, if_match=if_match, if_none_match=if_none_match)
-            manifest = (self._judged or self.judge(expected_sha256=expected_sha256)).manifest
+            prefix = self._judged or self.judge(expected_sha256=expected_sha256)
             digest, size_bytes = self._staged.digest, self._staged.num_bytes
             with self._retention.naming(digest):
                 self._staged.publish()
@@ -150,12 +154,12 @@ class Upload:
                     task,
                     digest,
                     size_bytes,
-                    manifest,
+                    prefix.manifest,
                     activate=activate,
                     if_match=if_match,
                     if_none_match=if_none_match,
                 )
-        return PutResult(*published, warnings_for(manifest, self._base))
+        return PutResult(*published, self.warnings)
 
     def abort(self) -> None:
         """Drop what was written. Harmless after `commit` and when repeated."""

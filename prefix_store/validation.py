@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from prefix_store.artifact import TORCH_DTYPES, Prefix, decode
+from prefix_store.artifact import TORCH_DTYPES, Prefix, decode_with
 from prefix_store.errors import IncompatiblePrefix, Problem
 from prefix_store.header import (
     LENGTH_BYTES,
@@ -26,6 +26,9 @@ from prefix_store.header import (
 from prefix_store.spec import BaseSpec, PrefixManifest
 
 _WIDEST_ELEMENT_BYTES: Final = 4  # float32, the widest dtype that a file may have
+_MAX_SUBNORMAL_SHARE: Final = (
+    0.01  # training leaves hardly any; more is a broken file, or meant to be slow
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def accept(data: bytearray, digest: str, base: BaseSpec, limits: Limits) -> Pref
     """
     header = read_header(data, len(data))
     require_compatible(header, base, limits)
-    prefix = decode(data, digest)
+    prefix = decode_with(header, data, digest)
     # All values at once: one pass instead of one per tensor, which matters while requests wait for a load.
     values = torch.frombuffer(data, dtype=TORCH_DTYPES[header.dtype], offset=header.data_start)
     if _value_fault(values, base.layout.dtype, limits.max_abs_value):
@@ -83,6 +86,21 @@ def warnings_for(manifest: PrefixManifest, base: BaseSpec) -> tuple[str, ...]:
             "layers with a window never see its first tokens"
         )
     return tuple(found)
+
+
+def value_warnings(prefix: Prefix) -> tuple[str, ...]:
+    """What its values, in the dtype of the file, are worth telling whoever uploads."""
+    tensors = (*prefix.keys, *prefix.values)
+    dtype = tensors[0].dtype
+    smallest = torch.finfo(dtype).tiny
+    count = sum(int(((x != 0) & (x.abs() < smallest)).sum()) for x in tensors)
+    share = count / sum(x.numel() for x in tensors)
+    if share <= _MAX_SUBNORMAL_SHARE:
+        return ()
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{share:.0%} of the values are subnormal in {name}: a CPU can compute many times slower with them",
+    )
 
 
 def _check_layer_count(header: ArtifactHeader, base: BaseSpec) -> Iterator[Problem]:

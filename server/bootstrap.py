@@ -1,7 +1,7 @@
 """The composition root: configuration in, wired objects out. The only file that knows every class.
 
-Runs on the main thread at start; called by `server.cli`, benchmarks and tests. `build_engine` stops below
-HTTP, for offline use; `build` adds the web application.
+Runs on the main thread at start; called by `server.cli`, the trainer, benchmarks and tests. `build_engine` stops
+below HTTP, for offline use; `build` adds the web application.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
     tokenizer = Tokenizer.load(source_id, revision=config.revision)
     base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
-    pool = _plan_pool(config, model)
+    pool = plan_for(config, model)
     store = PrefixStore.open(
         config.store_dir,
         base,
@@ -184,10 +184,26 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     if config.model is None:
         publish_demo_prefixes(store, base)
     _check_pins(config, store)
+    return assemble_engine(config, model, backend, tokenizer, store, pool, observer)
+
+
+def assemble_engine(
+    config: ServeConfig,
+    model: LoadedModel,
+    backend: AttentionBackend,
+    tokenizer: Tokenizer,
+    store: PrefixStore,
+    pool: PoolPlan,
+    observer: EngineObserver,
+) -> ServingEngine:
+    """The engine around what is loaded already, for `build_engine` and for evaluation while a model is trained.
+
+    Takes the model's attention over, and with it memory for `pool`. Of `config` it reads the limits and the seed.
+    """
     engine = _wire(config, model, backend, tokenizer, store, pool, observer)
-    compiler = PrefixCompiler(engine.run, Baker(model, backend), base, store.limits)
+    compiler = PrefixCompiler(engine.run, Baker(model, backend), store.base, store.limits)
     intake = Intake(store, compiler, Prover(model, backend), engine.run)
-    return ServingEngine(config, model, base, tokenizer, store, pool, engine, intake)
+    return ServingEngine(config, model, store.base, tokenizer, store, pool, engine, intake)
 
 
 def _dtype(config: ServeConfig) -> str:
@@ -195,7 +211,8 @@ def _dtype(config: ServeConfig) -> str:
     return "float32" if config.model is None and config.dtype == "auto" else config.dtype
 
 
-def _plan_pool(config: ServeConfig, model: LoadedModel) -> PoolPlan:
+def plan_for(config: ServeConfig, model: LoadedModel) -> PoolPlan:
+    """The KV pool that `config` asks for, in the memory that is free now. Raises `CapacityError`."""
     budget = config.kv_cache_bytes
     return plan_pool(
         model.layout,

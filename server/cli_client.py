@@ -1,6 +1,6 @@
 """The client side of the admin API: one function that asks, one that explains a refusal.
 
-Called by the commands under `prefixd tasks`, on the main thread. Imports the HTTP library when it is used.
+Called by the commands under `prefixd tasks` and by the trainer's hand-over, on the main thread. Imports the HTTP library when it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ AdminKey: TypeAlias = Annotated[
 
 
 class CommandFailed(PrefixdError):
-    """The server refused, or could not be reached; the message is for the terminal."""
+    """The server refused, or could not be reached; the message is for the terminal.
+
+    `status`: what the server answered; None if it did not.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def task_path(task: str, rest: str = "") -> str:
@@ -55,7 +62,7 @@ def call(
             method, target, headers=headers, timeout=TIMEOUT_SECONDS, **arguments
         )
     if not response.is_success:
-        raise CommandFailed(_refusal(response))
+        raise CommandFailed(_refusal(response), status=response.status_code)
     return response
 
 
@@ -71,16 +78,22 @@ def stream(path: str, url: str | None, admin_key: str | None) -> Iterator[httpx2
     ):
         if not response.is_success:
             response.read()
-            raise CommandFailed(_refusal(response))
+            raise CommandFailed(_refusal(response), status=response.status_code)
         yield response
 
 
 def _address(path: str, url: str | None, admin_key: str | None) -> tuple[str, dict[str, str]]:
+    base, headers = server_address(url, admin_key)
+    return f"{base}/admin/v1{path}", headers
+
+
+def server_address(url: str | None, admin_key: str | None) -> tuple[str, dict[str, str]]:
+    """The server's base URL, and the header with its admin key. Raises `CommandFailed` without a key."""
     base = (url or environment("URL") or DEFAULT_URL).rstrip("/")
     key = admin_key or environment("ADMIN_KEY")
     if not key:
         raise CommandFailed("no admin key: pass --admin-key or set PREFIXD_ADMIN_KEY")
-    return f"{base}/admin/v1{path}", {"authorization": f"Bearer {key}"}
+    return base, {"authorization": f"Bearer {key}"}
 
 
 @contextlib.contextmanager

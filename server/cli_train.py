@@ -1,4 +1,4 @@
-"""`prefixd train` and `prefixd doctor`: become the trainer, which the server never loads.
+"""`prefixd train`, `doctor`, `evaluate` and `hand-over`: become the trainer, which the server never loads.
 
 What follows the command is the trainer's, `--help` included.
 """
@@ -29,4 +29,10 @@ def _trainer_app(name: str, text: str) -> App:
 
 
 train_app = _trainer_app("train", "Learn the prefix of a task from examples.")
+evaluate_app = _trainer_app(
+    "evaluate", "Judge a prefix on held-out examples, beside the bare model and a text prompt."
+)
+hand_over_app = _trainer_app(
+    "hand-over", "Upload a prefix, judge it at the server, and promote it if a rule holds."
+)
 doctor_app = _trainer_app("doctor", "Name what is wrong with a training run, and what to change.")

@@ -1,4 +1,4 @@
-"""`python -m trainer`: what `prefixd train` runs in a process of its own."""
+"""`python -m trainer`: what `prefixd train`, `evaluate` and `hand-over` become."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 from prefix_store.errors import PrefixStoreError
 from server.errors import ConfigError, PrefixdError
 from trainer.cli_doctor import doctor
+from trainer.cli_evaluate import evaluate, hand_over
 from trainer.cli_train import train
 from trainer.errors import BadSetting
 
@@ -22,11 +23,15 @@ INTERRUPTED: Final = 130
 
 app = App(name="prefixd", help="Learn prefixes, and judge them.", version_flags=())
 app.command(train)
+app.command(evaluate)
+app.command(hand_over)
 app.command(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 130 it was asked to stop and can go on."""
+    """Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 3 a prefix was not promoted, 130 it was asked to
+    stop and can go on.
+    """
     tokens = sys.argv[1:] if arguments is None else arguments
     try:
         app(tokens, exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")

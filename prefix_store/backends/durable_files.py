@@ -1,5 +1,8 @@
 """File operations that either last or say that they did not: the only code that writes to the store.
 
+Its callers reach the file system through the `os` module alone, never through `Path`, so that the tests can put a
+simulated one in its place.
+
 `link` creates and never replaces; a new name lasts only after an fsync of its directory, and so does the
 name of a new directory in its parent. Every `OSError` becomes `StoreFull` or `StoreFailed` here, with a
 message that holds no path. Stateless, any thread; called by `filesystem`.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -77,6 +81,25 @@ def read_file(path: Path) -> bytearray:
         return read_fd(fd, os.fstat(fd).st_size)
     finally:
         os.close(fd)
+
+
+def names_in(path: Path) -> list[str]:
+    """The names in a directory, sorted."""
+    return sorted(os.listdir(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def is_dir(path: Path) -> bool:
+    """Whether this is a directory, or a link to one."""
+    return exists(path) and stat.S_ISDIR(os.stat(path).st_mode)
 
 
 def sync_dir(path: Path) -> None:

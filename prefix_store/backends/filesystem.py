@@ -140,9 +140,9 @@ class FilesystemBackend:
         """Every log; a record that can not be read is an empty payload."""
         with files.translated_errors():
             return {
-                directory.name: self._read_log(directory)
-                for directory in sorted(self._logs.iterdir())
-                if _LOG_NAME.fullmatch(directory.name)
+                name: self._read_log(self._logs / name)
+                for name in files.names_in(self._logs)
+                if _LOG_NAME.fullmatch(name)
             }
 
     def _require_open(self) -> None:
@@ -181,28 +181,29 @@ class FilesystemBackend:
         """Bring the directory into its resting state after whatever ended the last process.
 
         A commit removes its file in tmp/ after its last sync, so a file there may mean a name that was
-        linked and not synced. It is made to last before anyone relies on it.
+        linked and not synced. Without any log, whoever made the directories above may have been killed
+        before their names lasted. Such names are made to last before anyone relies on them.
         """
         for directory in (self._tmp, self._blobs, self._logs):
             files.make_dir(directory)
-        leftovers = list(self._tmp.iterdir())
-        if leftovers:
+        leftovers = files.names_in(self._tmp)
+        if leftovers or not files.names_in(self._logs):
             os.sync()  # which name it was is not known, and to sync each directory takes milliseconds
         for leftover in leftovers:
-            files.remove(leftover)
-        for shard in filter(Path.is_dir, self._blobs.iterdir()):
-            for blob in shard.iterdir():
-                if _BLOB_NAME.fullmatch(blob.name):
-                    self._blob_sizes[f"sha256:{blob.name}"] = blob.lstat().st_size
+            files.remove(self._tmp / leftover)
+        for shard in (self._blobs / name for name in files.names_in(self._blobs)):
+            for blob in files.names_in(shard) if files.is_dir(shard) else ():
+                if _BLOB_NAME.fullmatch(blob):
+                    self._blob_sizes[f"sha256:{blob}"] = os.lstat(shard / blob).st_size
 
     def _read_log(self, directory: Path) -> dict[int, bytes]:
         records = {}
-        for path in directory.iterdir():
-            if _RECORD_NAME.fullmatch(path.name):
+        for name in files.names_in(directory):
+            if _RECORD_NAME.fullmatch(name):
                 payload = b""
                 with contextlib.suppress(OSError):
-                    payload = bytes(files.read_file(path))
-                records[int(path.stem)] = payload
+                    payload = bytes(files.read_file(directory / name))
+                records[int(name.partition(".")[0])] = payload
         return records
 
 
@@ -282,7 +283,7 @@ class FileStagedBlob:
 
 def _make_root(root: Path) -> None:
     """The store's directory and the parents that it lacks, each with a name that lasts."""
-    missing = [path for path in (root, *root.parents) if not path.exists()]
+    missing = [path for path in (root, *root.parents) if not files.exists(path)]
     for path in reversed(missing):
         files.make_dir(path)
 

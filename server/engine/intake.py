@@ -26,7 +26,6 @@ from prefix_store.proof import Proof
 from prefix_store.spec import PrefixManifest
 from prefix_store.store import PrefixStore
 from prefix_store.upload import Upload
-from prefix_store.validation import warnings_for
 from server.engine.prefix_compiler import RunOnEngine
 
 
@@ -41,7 +40,9 @@ class Compiler(Protocol):
 class Trial(Protocol):
     """`server.model.prover.Trial`; on the engine thread."""
 
-    def run(self) -> Proof: ...
+    def smoke(self) -> None: ...
+
+    def probe(self) -> Proof: ...
 
 
 class Prover(Protocol):
@@ -134,6 +135,6 @@ class Intake:
 
     async def _tried(self, upload: Upload, prefix: Prefix, recognition: Recognition) -> Examined:
         trial = await asyncio.to_thread(self._prover.prepare, prefix)
-        proof: Proof = await self._run(trial.run)
-        warnings = warnings_for(prefix.manifest, self._store.base)
-        return Examined(upload, prefix.manifest, recognition, proof, warnings)
+        await self._run(trial.smoke)
+        proof: Proof = await self._run(trial.probe)
+        return Examined(upload, prefix.manifest, recognition, proof, upload.warnings)

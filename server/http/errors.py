@@ -92,7 +92,7 @@ ERROR_KINDS: Final[dict[type[Exception], ErrorKind]] = {
     store.AuditDamaged: INTERNAL,
     store.PreconditionFailed: ErrorKind(412, _CALLER, "precondition_failed"),
     store.PrefixUnavailable: ErrorKind(503, _SERVER, "prefix_unavailable", retry_after=5),
-    store.StoreFull: ErrorKind(507, _SERVER, "store_full"),
+    store.StoreFull: ErrorKind(507, _SERVER, "store_full", closes=True),
     store.StoreFailed: ErrorKind(500, _SERVER, "store_failed"),
     store.StoreLocked: INTERNAL,
 }

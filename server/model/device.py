@@ -19,12 +19,15 @@ _CUDA_SHARE: Final = 0.85  # the rest is for activations and the allocator's sla
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes CUDA where there is one."""
+    """ "auto" takes CUDA where there is one. Raises `ConfigError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: {name} was asked for, but torch finds no CUDA device")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
 
 
 def available_bytes(device: torch.device) -> int:

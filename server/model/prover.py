@@ -6,8 +6,9 @@ bit, so a prefix can harm nobody's answers but its own. If the artifact carries 
 give the log-probabilities that its maker saw, which is the only check that would notice a wrong layout, wrong
 positions or a wrong base of the same shape.
 
-`Prover.prepare` may run on any thread. `Trial.run` runs on the engine thread between two steps
-(`AsyncEngine.run`), one short pass a call, over a KV cache of its own. Called by `engine.intake`.
+`Prover.prepare` may run on any thread. `Trial.smoke` and `Trial.probe` run on the engine thread between two steps
+(`AsyncEngine.run`), so that running requests wait for one short pass at a time; over a KV cache of its own. Called by
+`engine.intake`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Prover:
 
 
 class Trial:
-    """One prefix on trial. `run` once, on the engine thread."""
+    """One prefix on trial: `smoke`, then `probe`."""
 
     def __init__(
         self,
@@ -75,15 +76,19 @@ class Trial:
         self._limit = model.position_limit
         self._tokens = [(7919 * i + 1) % model.vocab_size for i in range(_SMOKE_TOKENS)]
 
-    def run(self) -> Proof:
-        """What the trial showed. Raises `ProofFailed`, or `EngineOverloaded` for want of memory."""
+    def smoke(self) -> None:
+        """The first pass. Raises `ProofFailed`, or `EngineOverloaded` for want of memory."""
         with _memory_or_later():
             self._smoke()
-            probe = self._prefix.manifest.probe
-            if probe is None:
-                return Proof()
-            tolerance = probe.tolerance or _TOLERANCE[self._layout.dtype]
-            return Proof(self._probe(probe, tolerance), tolerance)
+
+    def probe(self) -> Proof:
+        """The second pass, and what the trial showed. Raises as `smoke` does."""
+        probe = self._prefix.manifest.probe
+        if probe is None:
+            return Proof()
+        tolerance = probe.tolerance or _TOLERANCE[self._layout.dtype]
+        with _memory_or_later():
+            return Proof(self._reproduced(probe, tolerance), tolerance)
 
     def _smoke(self) -> None:
         # The last positions of a model may leave room for fewer tokens than the trial would use.
@@ -109,7 +114,7 @@ class Trial:
                 "a request without a prefix gets other logits when it runs beside this prefix",
             )
 
-    def _probe(self, probe: Probe, tolerance: float) -> float:
+    def _reproduced(self, probe: Probe, tolerance: float) -> float:
         """The largest difference found. Raises `ProofFailed` beyond the tolerance."""
         logits = self._pass.logits([(probe.input_ids, True)])[0]
         found = logits.float().log_softmax(dim=-1).cpu()

@@ -1,133 +1,32 @@
 """Files that are no artifacts, each with a name that says what is wrong with it.
 
 Every entry is a small change to one valid artifact, so that nothing but the named fault can be the reason
-for its refusal. `MALFORMED` breaks the format; `INCOMPATIBLE` is well-formed and wrong for the base.
+for its refusal; or it is a file of another kind (`disguised`).
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from prefix_store.artifact import encode
-from prefix_store.spec import KVLayout, LayerLayout
-from tests.prefix_store.builders import (
-    TINY_BASE,
-    base_with,
-    data_of,
-    framed,
-    header_of,
-    make_artifact,
-    manifest_for,
-    random_kv,
-    raw_artifact,
+from tests.hostile.bad_manifests import BROKEN_MANIFEST
+from tests.hostile.changes import (
+    DATA,
+    FIRST,
+    HEADER_TEXT,
+    NAMES,
+    T,
+    header_with,
+    offsets,
+    renamed,
+    reshaped,
+    tensor_with,
+    text_with,
+    with_length,
+    without,
 )
-
-VALID: Final = make_artifact()
-DATA: Final = data_of(VALID)
-NAMES: Final = ("dec_self.000.k", "dec_self.000.v", "dec_self.001.k", "dec_self.001.v")
-TENSOR_BYTES: Final = 3 * 2 * 4 * 4
-
-
-def header_with(change: Callable[[dict[str, Any]], object]) -> bytes:
-    """The valid file with its header changed in place."""
-    header = header_of(VALID)
-    change(header)
-    return framed(header, DATA)
-
-
-def tensor_with(**fields: Any) -> bytes:
-    """The valid file with fields of its third tensor changed."""
-    return header_with(lambda header: header[NAMES[2]].update(fields))
-
-
-def text_with(old: str, new: str) -> bytes:
-    """The valid file with the text of its header changed once."""
-    text = json.dumps(header_of(VALID))
-    assert old in text
-    return framed(text.replace(old, new, 1), DATA)
-
-
-def manifest_with(**fields: Any) -> bytes:
-    """The valid file with fields of its manifest changed."""
-    header = header_of(VALID)
-    manifest = json.loads(header["__metadata__"]["prefixd"]) | fields
-    header["__metadata__"]["prefixd"] = json.dumps(manifest)
-    return framed(header, DATA)
-
-
-def manifest_without(field: str) -> bytes:
-    header = header_of(VALID)
-    manifest = json.loads(header["__metadata__"]["prefixd"])
-    del manifest[field]
-    header["__metadata__"]["prefixd"] = json.dumps(manifest)
-    return framed(header, DATA)
-
-
-def manifest_text(text: str) -> bytes:
-    return header_with(lambda header: header["__metadata__"].update(prefixd=text))
-
-
-def manifest_replacing(old: str, new: str) -> bytes:
-    text = header_of(VALID)["__metadata__"]["prefixd"]
-    assert old in text
-    return manifest_text(text.replace(old, new, 1))
-
-
-def metadata(value: Any) -> bytes:
-    return header_with(lambda header: header.update(__metadata__=value))
-
-
-def renamed(new: str, old: str = NAMES[3]) -> bytes:
-    return header_with(lambda header: header.update({new: header.pop(old)}))
-
-
-def without(*names: str) -> bytes:
-    """Some tensors missing, the offsets of the others still as they were."""
-    return header_with(lambda header: [header.pop(name) for name in names])
-
-
-def with_length(length: int) -> bytes:
-    return length.to_bytes(8, "little") + VALID[8:]
-
-
-def reshaped(**changes: list[int]) -> bytes:
-    """Right framing, other shapes; keys are k0, v0, k1, v1."""
-    shapes = {name: changes.get(f"{name[-1]}{name[-3]}", [3, 2, 4]) for name in NAMES}
-    return raw_artifact(shapes, manifest_for(TINY_BASE, 3).model_dump(mode="json"))
-
-
-def offsets(*pairs: tuple[int, int]) -> bytes:
-    """Offsets of all four tensors, in units of one tensor's bytes where whole."""
-    header = header_of(VALID)
-    for name, pair in zip(NAMES, pairs, strict=True):
-        header[name]["data_offsets"] = list(pair)
-    return framed(header, DATA)
-
-
-T = TENSOR_BYTES
-HEADER_TEXT: Final = json.dumps(header_of(VALID))
-MANIFEST_TEXT: Final = header_of(VALID)["__metadata__"]["prefixd"]
-FIRST: Final = json.dumps(header_of(VALID)[NAMES[0]])
-
-NOT_A_FILE_OF_OURS: Final[dict[str, bytes]] = {
-    "empty file": b"",
-    "seven bytes": VALID[:7],
-    "length only": VALID[:8],
-    "eight zero bytes": bytes(8),
-    "zeros": bytes(1024),
-    "pickle of protocol 0 that runs a command": b"cposix\nsystem\n(S'touch /tmp/prefixd-pwned'\ntR.",
-    "pickle of protocol 4": b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x93.",
-    "zip as torch saves it": b"PK\x03\x04" + bytes(200),
-    "npy array": b"\x93NUMPY\x01\x00" + bytes(200),
-    "gguf": b"GGUF\x03\x00\x00\x00" + bytes(200),
-    "html": b"<!doctype html><html></html>" * 10,
-    "gzip of an artifact": gzip.compress(VALID, mtime=0),
-    "artifact without its length": VALID[8:],
-    "artifact behind a byte": b"\0" + VALID,
-}
+from tests.hostile.disguised import DISGUISED, VALID
+from tests.prefix_store.builders import framed
 
 BROKEN_FRAME: Final[dict[str, bytes]] = {
     "header length of 2^64-1": with_length(2**64 - 1),
@@ -171,6 +70,12 @@ BROKEN_JSON: Final[dict[str, bytes]] = {
     "empty object": framed("{}", DATA),
     "empty object and no data": framed("{}", b""),
     "nested 100 deep": text_with(FIRST, "[" * 100 + "]" * 100),
+    "nested 9 deep": text_with(FIRST, "[" * 8 + "]" * 8),
+    "nested 9000 objects deep": framed('{"a":' * 9_000 + "0" + "}" * 9_000, DATA),
+    "64 KiB of keys": framed(json.dumps({f"k{i}": i for i in range(4400)}), DATA),
+    "30000 numbers": text_with(FIRST, "[" + "1," * 30_000 + "1]"),
+    "number of a thousand decimals": text_with("[3, 2, 4]", f"[3, 2, 4.{'0' * 1000}]"),
+    "integer of 2^53 + 1": text_with("[3, 2, 4]", f"[3, 2, {2**53 + 1}]"),
     "nested 30000 deep": framed("{" + '"a":[' * 1 + "[" * 30000 + "]" * 30000 + "]}", DATA),
     "duplicate tensor": text_with('"dec_self.000.k"', f'"{NAMES[0]}": {FIRST}, "{NAMES[0]}"'),
     "duplicate tensor by an escape": text_with(
@@ -216,6 +121,12 @@ BROKEN_TENSORS: Final[dict[str, bytes]] = {
     "dtype null": tensor_with(dtype=None),
     "dtype a number": tensor_with(dtype=32),
     "dtype a list": tensor_with(dtype=["F32"]),
+    "dtype F32 with a zero byte": tensor_with(dtype="F32\0"),
+    "dtype F4": tensor_with(dtype="F4"),
+    "dtype C64": tensor_with(dtype="C64"),
+    "dtype of half the size": header_with(
+        lambda header: [header[name].update(dtype="F16") for name in NAMES]
+    ),
     "mixed dtypes": tensor_with(dtype="F16"),
     "mixed dtypes of the right sizes": tensor_with(dtype="BF16", shape=[3, 4, 4]),
     "overlapping tensors": offsets((0, T), (0, T), (2 * T, 3 * T), (3 * T, 4 * T)),
@@ -265,115 +176,11 @@ BROKEN_NAMES: Final[dict[str, bytes]] = {
     "names of a model's weights": renamed("model.layers.0.self_attn.k_proj.weight"),
 }
 
-BROKEN_MANIFEST: Final[dict[str, bytes]] = {
-    "no metadata": header_with(lambda header: header.pop("__metadata__")),
-    "metadata null": metadata(None),
-    "metadata a list": metadata(["prefixd"]),
-    "metadata a string": metadata(MANIFEST_TEXT),
-    "metadata empty": metadata({}),
-    "metadata of another format": metadata({"kvprefix": MANIFEST_TEXT}),
-    "extra metadata key": metadata({"prefixd": MANIFEST_TEXT, "base_model": "evil"}),
-    "manifest is not a string": metadata({"prefixd": {"format_version": 1}}),
-    "format is not a string": metadata({"prefixd": MANIFEST_TEXT, "format": 1}),
-    "manifest empty": manifest_text(""),
-    "manifest is not JSON": manifest_text("hello"),
-    "manifest is a list": manifest_text("[]"),
-    "manifest has a duplicate field": manifest_replacing(
-        '"model_type"', '"model_type":"gpt2","model_type"'
-    ),
-    "manifest has a duplicate field deep inside": manifest_replacing(
-        '"training":{}', '"training":{"a":[{"b":1,"b":2}]}'
-    ),
-    "manifest has NaN": manifest_replacing('"rope_theta":10000.0', '"rope_theta":NaN'),
-    "manifest has 1e999": manifest_replacing('"rope_theta":10000.0', '"rope_theta":1e999'),
-    "manifest has a huge integer": manifest_with(training={"seed": 2**53 + 1}),
-    "manifest nested 20 deep": manifest_with(training={"a": json.loads("[" * 20 + "]" * 20)}),
-    "manifest has half a surrogate pair": manifest_replacing(
-        '"description":null', '"description":"\\ud800"'
-    ),
-    "metadata has half a surrogate pair": metadata({"prefixd": MANIFEST_TEXT, "format": "\ud800"}),
-    "format version missing": manifest_without("format_version"),
-    "format version 2": manifest_with(format_version=2),
-    "format version true": manifest_with(format_version=True),
-    "format version in a string": manifest_with(format_version="1"),
-    "unknown manifest field": manifest_with(auto_map={"AutoModel": "evil.Model"}),
-    "unknown field of base_model": manifest_with(base_model={"path": "/etc/passwd"}),
-    "num_virtual_tokens missing": manifest_without("num_virtual_tokens"),
-    "num_virtual_tokens in a string": manifest_with(num_virtual_tokens="3"),
-    "num_virtual_tokens fractional": manifest_with(num_virtual_tokens=3.0),
-    "num_virtual_tokens true": manifest_with(num_virtual_tokens=True),
-    "num_virtual_tokens zero": manifest_with(num_virtual_tokens=0),
-    "num_virtual_tokens negative": manifest_with(num_virtual_tokens=-3),
-    "num_virtual_tokens of a billion": manifest_with(num_virtual_tokens=10**9),
-    "token_start negative": manifest_with(token_start=-1),
-    "token_start of a billion": manifest_with(token_start=10**9),
-    "k_space missing": manifest_without("k_space"),
-    "k_space unknown": manifest_with(k_space="pre_rope"),
-    "model_type empty": manifest_with(model_type=""),
-    "model_type of 65 characters": manifest_with(model_type="x" * 65),
-    "rope_theta zero": manifest_with(rope_theta=0),
-    "rope_theta negative": manifest_with(rope_theta=-1.0),
-    "fingerprint of another form": manifest_with(base_model={"fingerprint": "sha1:" + "a" * 40}),
-    "fingerprint with a newline": manifest_with(
-        base_model={"fingerprint": "sha256:" + "a" * 64 + "\n"}
-    ),
-    "vocab_size zero": manifest_with(base_model={"vocab_size": 0}),
-    "temperature 3": manifest_with(generation={"temperature": 3}),
-    "top_p zero": manifest_with(generation={"top_p": 0}),
-    "five stop strings": manifest_with(generation={"stop": list("abcde")}),
-    "empty stop string": manifest_with(generation={"stop": [""]}),
-    "max_tokens of a billion": manifest_with(generation={"max_tokens": 10**9}),
-    "stop is a string": manifest_with(generation={"stop": "a"}),
-    "description of 1025 characters": manifest_with(description="x" * 1025),
-    "training is a list": manifest_with(training=[1]),
-}
-
 MALFORMED: Final = {
-    **NOT_A_FILE_OF_OURS,
+    **DISGUISED,
     **BROKEN_FRAME,
     **BROKEN_JSON,
     **BROKEN_TENSORS,
     **BROKEN_NAMES,
     **BROKEN_MANIFEST,
-}
-
-
-def for_layers(*layers: tuple[int, int, int]) -> bytes:
-    """A valid artifact for another geometry."""
-    layout = KVLayout(tuple(LayerLayout(*layer) for layer in layers), "float32")
-    return make_artifact(base_with(layout=layout))
-
-
-def holding(value: float, layer: int = 1, dtype: str = "float32") -> bytes:
-    keys, values = random_kv(TINY_BASE, 3, dtype=dtype)
-    keys[layer][2, 1, 3] = value
-    return encode(manifest_for(TINY_BASE, 3), keys, values)
-
-
-INCOMPATIBLE: Final[dict[str, bytes]] = {
-    "one layer too few": for_layers((2, 4, 4)),
-    "one layer too many": for_layers((2, 4, 4), (2, 4, 4), (2, 4, 4)),
-    "heads of attention instead of heads of keys": for_layers((8, 4, 4), (8, 4, 4)),
-    "one layer with other heads": for_layers((2, 4, 4), (1, 4, 4)),
-    "other key dimension": for_layers((2, 8, 4), (2, 8, 4)),
-    "other value dimension": for_layers((2, 4, 8), (2, 4, 8)),
-    "heads and dimension swapped": for_layers((4, 2, 2), (4, 2, 2)),
-    "tensors of differing lengths": reshaped(v1=[4, 2, 4]),
-    "heads before tokens": reshaped(k0=[2, 3, 4], v0=[2, 3, 4], k1=[2, 3, 4], v1=[2, 3, 4]),
-    "length that the manifest denies": manifest_with(num_virtual_tokens=4),
-    "other architecture": make_artifact(model_type="gpt2"),
-    "keys without rotation": make_artifact(k_space="none"),
-    "other rope_theta": make_artifact(rope_theta=1e6),
-    "other fingerprint": make_artifact(base_model={"fingerprint": "sha256:" + "b" * 64}),
-    "other vocabulary": make_artifact(base_model={"vocab_size": 99}),
-    "start behind the last position": make_artifact(token_start=128),
-    "more tokens than positions": make_artifact(num_virtual_tokens=128),
-    "more tokens than allowed": make_artifact(num_virtual_tokens=33),
-    "NaN": holding(float("nan")),
-    "NaN in the first layer": holding(float("nan"), layer=0),
-    "infinity": holding(float("inf")),
-    "minus infinity in half precision": holding(float("-inf"), dtype="float16"),
-    "NaN in bfloat16": holding(float("nan"), dtype="bfloat16"),
-    "finite and destructive": holding(1e30),
-    "largest float16": holding(-65504.0, dtype="float16"),
 }

@@ -158,6 +158,30 @@ def test_a_torn_last_line_is_reported_and_cut_off_when_opened(
         assert (verify(tmp_path).ok, verify(tmp_path).num_records) == (True, 3)
 
 
+def test_a_last_line_with_zero_bytes_is_torn_too(tmp_path: Path) -> None:
+    """After a power loss a file may be as long as what was written, and empty where it did not arrive."""
+    write(tmp_path, 3, max_file_bytes=10_000)
+    (path,) = log_files(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(lines[2])):
+        path.write_bytes(b"".join(lines[:2]) + bytes(cut) + lines[2][cut:])
+        assert verify(tmp_path).torn_bytes == len(lines[2])
+        log = AuditLog(tmp_path, max_file_bytes=10_000)
+        assert log.torn_bytes == len(lines[2])
+        log.close()
+        assert (verify(tmp_path).ok, verify(tmp_path).num_records) == (True, 2)
+
+
+def test_zero_bytes_before_the_last_line_are_damage(tmp_path: Path) -> None:
+    write(tmp_path, 3, max_file_bytes=10_000)
+    (path,) = log_files(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + bytes(9) + lines[1][9:] + lines[2])
+    assert verify(tmp_path).fault == "record 2 is torn"
+    with pytest.raises(AuditDamaged):
+        AuditLog(tmp_path)
+
+
 def test_a_log_whose_end_was_changed_is_not_continued(tmp_path: Path) -> None:
     write(tmp_path, 3, max_file_bytes=10_000)
     (path,) = log_files(tmp_path)

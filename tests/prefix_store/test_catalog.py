@@ -395,14 +395,17 @@ def damaged(change: Callable[[dict[int, bytes]], object]) -> MemoryBackend:
 
 
 def edit(log: dict[int, bytes], at: int, **fields: Any) -> None:
-    log[at] = json.dumps(json.loads(log[at]) | fields).encode()
+    """Sealed anew, so that something else than the seal must notice it."""
+    record = json.loads(log[at]) | fields
+    del record["sha256"]
+    log[at] = records.sealed(json.dumps(record).encode())
 
 
 def follow(log: dict[int, bytes], **fields: Any) -> None:
     """A record that continues the chain; what it says is up to the caller."""
     end = len(log)
     frame = {"index": end + 1, "prev": records.chain_hash(log[end]), "task": "task"}
-    log[end + 1] = json.dumps({**frame, "created_at": "now", **fields}).encode()
+    log[end + 1] = records.sealed(json.dumps({**frame, "created_at": "now", **fields}).encode())
 
 
 DAMAGE: dict[str, Callable[[dict[int, bytes]], object]] = {
@@ -410,6 +413,8 @@ DAMAGE: dict[str, Callable[[dict[int, bytes]], object]] = {
     "middle record lost": lambda log: log.pop(2),
     "record unreadable": lambda log: log.update({3: b""}),
     "record truncated": lambda log: log.update({3: log[3][:-1]}),
+    "seal of another record": lambda log: log.update({3: log[3][:-66] + log[2][-66:]}),
+    "seal cut off": lambda log: log.update({2: records.load(log[2]).model_dump_json().encode()}),
     "records swapped": lambda log: log.update({1: log[2], 2: log[1]}),
     "digest edited": lambda log: edit(log, 1, digest=DIGESTS[3]),
     "last digest made malformed": lambda log: edit(log, 3, digest="sha256:../../etc/passwd"),

@@ -80,6 +80,8 @@ def test_the_example_writes_an_artifact_that_a_server_accepts(
     assert prefix.manifest.first_position == 5
     assert prefix.keys[1].shape == (5, 2, 4)
     prover = Prover(adopt_model(model, model_id="tiny"), make_attention_backend("auto"))
-    proof = prover.prepare(prefix).run()
+    trial = prover.prepare(prefix)
+    trial.smoke()
+    proof = trial.probe()
     assert proof.probe_difference is not None
     assert proof.probe_difference < 1e-4

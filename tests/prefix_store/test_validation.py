@@ -11,7 +11,13 @@ import torch
 from prefix_store.artifact import encode
 from prefix_store.errors import IncompatiblePrefix
 from prefix_store.spec import BaseSpec, KVLayout, LayerLayout, digest_of
-from prefix_store.validation import Limits, accept, max_artifact_bytes, warnings_for
+from prefix_store.validation import (
+    Limits,
+    accept,
+    max_artifact_bytes,
+    value_warnings,
+    warnings_for,
+)
 from tests.prefix_store.builders import TINY_BASE, base_with, make_artifact, manifest_for, random_kv
 
 LIMITS = Limits(max_num_virtual_tokens=16)
@@ -194,6 +200,26 @@ def test_warnings_name_a_missing_fingerprint_and_a_window_that_is_too_short() ->
         "unverified base",
         "the prefix has 4 tokens, more than the sliding window of 3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "subnormal", "normal"),
+    [("float32", 1e-39, 1.2e-38), ("bfloat16", 1e-39, 1.2e-38), ("float16", 6e-5, 6.2e-5)],
+)
+def test_many_subnormal_values_are_worth_a_warning(
+    dtype: str, subnormal: float, normal: float
+) -> None:
+    keys, values = random_kv(TINY_BASE, 15, dtype=dtype)  # 480 values
+
+    def warnings(count: int, value: float) -> tuple[str, ...]:
+        keys[1].view(-1)[:count] = value
+        data = encode(manifest_for(TINY_BASE, 15), keys, values)
+        return value_warnings(accept(bytearray(data), digest_of(data), TINY_BASE, LIMITS))
+
+    assert warnings(4, -subnormal) == ()
+    assert warnings(100, 0.0) == warnings(100, normal) == ()
+    [warning] = warnings(48, subnormal)
+    assert warning.startswith(f"10% of the values are subnormal in {dtype}")
 
 
 def test_the_largest_valid_artifact_is_within_the_size_limit() -> None:

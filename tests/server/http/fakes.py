@@ -206,7 +206,10 @@ class FakeProver:
         self.tried.append(prefix.digest)
         return self
 
-    def run(self) -> Proof:
+    def smoke(self) -> None:
+        pass
+
+    def probe(self) -> Proof:
         if self.refusal is not None:
             raise self.refusal
         return self.proof

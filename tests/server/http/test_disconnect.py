@@ -151,11 +151,13 @@ def test_a_cancelled_handler_closes_the_request() -> None:
     never_ending(engine, "a")
 
     async def run() -> None:
+        began = asyncio.Event()
+
         async def on_send(_: Message) -> None:
-            pass
+            began.set()
 
         task = asyncio.create_task(converse(engine, True, asyncio.Event(), on_send))
-        await asyncio.sleep(0.05)
+        await began.wait()  # and not for a while: a busy machine may take longer to begin
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

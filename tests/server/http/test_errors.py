@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 import prefix_store.errors
 import server.errors
 import server.http.errors
-from prefix_store.errors import ArtifactTooLarge, PrefixUnavailable
+from prefix_store.errors import ArtifactTooLarge, PrefixUnavailable, StoreFull
 from server.errors import EngineOverloaded, EngineStopped, GenerationFailed
 from server.http.error_responses import error_response
 from server.http.errors import (
@@ -55,12 +55,13 @@ def test_only_what_is_worth_repeating_says_when() -> None:
 
 
 def test_an_answer_that_leaves_a_body_unread_closes_the_connection() -> None:
-    for error in (BodyTooSlow("slow"), BodyTooLarge("long"), ArtifactTooLarge("long")):
+    unread = (BodyTooSlow("slow"), BodyTooLarge("x"), ArtifactTooLarge("x"), StoreFull("full"))
+    for error in unread:
         for path in ("/generate", "/admin/v1/tasks/x"):
             assert error_response(error, path, "id").headers["connection"] == "close"
     assert "connection" not in error_response(EngineOverloaded(), "/generate", "id").headers
     for kind in ERROR_KINDS.values():
-        assert kind.closes == (kind.status in (408, 413)), kind
+        assert kind.closes == (kind.status in (408, 413, 507)), kind
 
 
 def test_a_class_without_an_entry_has_its_parents() -> None:

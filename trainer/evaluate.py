@@ -1,0 +1,313 @@
+"""Judges a prefix on held-out examples with the server's own engine, always beside what it has to beat.
+
+Runs on the main thread; called by the command `prefixd evaluate`, by the end of a training run and by the sweep.
+The baselines are the bare base model, and the base model with a text in front of each prompt (the text that the
+prefix was initialised from, or a given one). Everything is decoded greedily under the same limits. The probe for
+forgetting is the perplexity of general text, which the prefix was not trained for, behind the prefix and without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from prefix_store.artifact import Prefix
+from prefix_store.spec import GenerationDefaults
+from server.engine.tokenizer import Tokenizer
+from server.types import FinishReason, SamplingParams
+from trainer.encoding import EncodedExample
+from trainer.engine_in_process import Completion, EngineInProcess, Progress, Prompt
+from trainer.errors import BadData
+from trainer.evaluation import (
+    LOSS,
+    NO_PREFIX,
+    PERPLEXITY,
+    PREFIX,
+    TEXT_PROMPT,
+    Condition,
+    Evaluation,
+    Forgetting,
+)
+from trainer.likelihood import TextToScore
+from trainer.metrics import METRICS, Metric, Rows, loss, perplexity, require_known
+from trainer.standard_error import Score, Value, difference, score
+
+DEFAULT_METRICS: Final = ("exact_match", "token_f1")
+WINDOW_TOKENS: Final = 256
+MAX_WINDOWS: Final = 256  # at most 65,536 tokens: the standard error is far below what matters then
+_CHARACTERS_A_TOKEN: Final = (
+    16  # more than tokens of text have; keeps a huge file from being tokenized whole
+)
+_BLANK_LINES: Final = re.compile(r"\n\s*\n")
+_SPARE_TOKENS: Final = 8  # beyond the longest right answer, so that going on after it shows
+_WORDS_FOR_BLEU: Final = 4
+_LIKELIHOODS: Final[dict[str, Value]] = {LOSS: loss, PERPLEXITY: perplexity}
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralText:
+    """A text that no prefix was trained for. `source` says which, for people."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """`text_prompt` None: the text that the prefix says it was initialised from, if it does. `max_tokens` None: the
+    longest reference and a few more. `general_text` None: no probe for forgetting, and the result says so.
+    """
+
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    text_prompt: str | None = None
+    max_tokens: int | None = None
+    general_text: GeneralText | None = None
+
+    def __post_init__(self) -> None:
+        require_known(self.metrics)
+
+
+def evaluate(
+    engine: EngineInProcess,
+    tokenizer: Tokenizer,
+    artifact: bytes,
+    examples: Sequence[EncodedExample],
+    settings: EvaluationSettings,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """The whole judgement. Raises `PrefixRejected` for an artifact that a server would refuse, and `BadData`."""
+    if not examples:
+        raise BadData("no held-out examples: there is nothing to evaluate on")
+    prefix = engine.prefix(artifact)
+    text, note = _text_prompt(settings, prefix)
+    conditions = _conditions(tokenizer, artifact, examples, text)
+    max_tokens = settings.max_tokens or max_tokens_for(examples)
+    sampling = greedy(max_tokens, prefix.manifest.generation)
+    completions = _complete(engine, conditions, sampling, on_progress)
+    metrics = [METRICS[name] for name in settings.metrics]
+    rows = {
+        name: _rows(metrics, completions[name], examples) | _nats(engine, prompts, examples)
+        for name, prompts in conditions.items()
+    }
+    forgetting, why_not = _forgetting(engine, tokenizer, artifact, prefix, settings.general_text)
+    return Evaluation(
+        digest=prefix.digest,
+        num_virtual_tokens=prefix.manifest.num_virtual_tokens,
+        model_id=engine.base.model_id,
+        num_examples=len(examples),
+        max_tokens=max_tokens,
+        text_prompt=text,
+        conditions={
+            name: Condition(_scores(rows[name]), _num_cut(completions[name])) for name in rows
+        },
+        gains={name: _gains(rows[PREFIX], rows[name]) for name in rows if name != PREFIX},
+        forgetting=forgetting,
+        notes=(*note, *why_not, *_about_bleu(rows[PREFIX].get("bleu", []))),
+    )
+
+
+def generated_metrics(
+    engine: EngineInProcess,
+    artifact: bytes,
+    examples: Sequence[EncodedExample],
+    names: Sequence[str],
+    max_tokens: int | None = None,
+) -> dict[str, float]:
+    """Metrics of the prefix alone, by name, for stopping early by one. Raises as `evaluate` does."""
+    require_known(names)
+    defaults = engine.prefix(artifact).manifest.generation
+    sampling = greedy(max_tokens or max_tokens_for(examples), defaults)
+    prompts = [Prompt(example.prompt_token_ids, artifact) for example in examples]
+    texts = [completion.text for completion in engine.generate(prompts, sampling)]
+    references = [example.reference for example in examples]
+    return {name: METRICS[name](texts, references) for name in names}
+
+
+def greedy(max_tokens: int, defaults: GenerationDefaults) -> SamplingParams:
+    """How everything is decoded: greedily, and with the stop strings that the artifact would be served with."""
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=defaults.stop)
+
+
+def max_tokens_for(examples: Sequence[EncodedExample]) -> int:
+    """Room for the longest reference and a few tokens more."""
+    return max(len(example.completion_token_ids) for example in examples) + _SPARE_TOKENS
+
+
+# ---- conditions ----------------------------------------------------------------------------------
+
+
+def _text_prompt(
+    settings: EvaluationSettings, prefix: Prefix
+) -> tuple[str | None, tuple[str, ...]]:
+    """The text of that baseline, or a note why there is none."""
+    if settings.text_prompt is not None:
+        return settings.text_prompt, ()
+    recorded = prefix.manifest.training.get("init_text")
+    # A long text is recorded cut short, with dots at its end: it would be another baseline.
+    if isinstance(recorded, str) and recorded and not recorded.endswith("..."):
+        return recorded, ()
+    return None, (
+        "no text-prompt baseline: the prefix names no whole text that it was initialised from; "
+        "give one with --text-prompt",
+    )
+
+
+def _conditions(
+    tokenizer: Tokenizer,
+    artifact: bytes,
+    examples: Sequence[EncodedExample],
+    text: str | None,
+) -> dict[str, list[Prompt]]:
+    """What each condition continues, in the order of the table."""
+    found = {
+        PREFIX: [Prompt(example.prompt_token_ids, artifact) for example in examples],
+        NO_PREFIX: [Prompt(example.prompt_token_ids) for example in examples],
+    }
+    if text is not None:
+        found[TEXT_PROMPT] = [
+            Prompt(with_text(tokenizer, text, example.prompt_token_ids)) for example in examples
+        ]
+    return found
+
+
+def with_text(tokenizer: Tokenizer, text: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """`text` before a prompt: a beginning-of-text token stands once, at the very front."""
+    ids = tokenizer.encode(text)
+    opening = opening_tokens(tokenizer, ids)
+    return ids + (prompt[len(opening) :] if prompt[: len(opening)] == opening else prompt)
+
+
+def opening_tokens(tokenizer: Tokenizer, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before any text, as it did before `ids`; often none."""
+    special = tokenizer.encode("")
+    return special if ids[: len(special)] == special else ()
+
+
+def _complete(
+    engine: EngineInProcess,
+    conditions: dict[str, list[Prompt]],
+    sampling: SamplingParams,
+    on_progress: Progress | None,
+) -> dict[str, list[Completion]]:
+    """All conditions in one batch, as a server would run them."""
+    prompts = [prompt for chosen in conditions.values() for prompt in chosen]
+    completions = iter(engine.generate(prompts, sampling, on_progress))
+    return {name: [next(completions) for _ in chosen] for name, chosen in conditions.items()}
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def _rows(
+    metrics: Sequence[Metric],
+    completions: Sequence[Completion],
+    examples: Sequence[EncodedExample],
+) -> dict[str, Rows]:
+    texts = [completion.text for completion in completions]
+    references = [example.reference for example in examples]
+    return {metric.name: metric.rows(texts, references) for metric in metrics}
+
+
+def _nats(
+    engine: EngineInProcess, prompts: Sequence[Prompt], examples: Sequence[EncodedExample]
+) -> dict[str, Rows]:
+    """Teacher-forced loss of each reference, its end of text included."""
+    texts = [
+        TextToScore(prompt.token_ids, example.completion_token_ids)
+        for prompt, example in zip(prompts, examples, strict=True)
+    ]
+    rows = _likelihood_rows(engine.token_losses(prompts[0].artifact, texts))
+    return dict.fromkeys(_LIKELIHOODS, rows)
+
+
+def _likelihood_rows(losses: Sequence[Tensor]) -> Rows:
+    return [(float(nats.double().sum()), float(len(nats))) for nats in losses]
+
+
+def _scores(rows: dict[str, Rows]) -> dict[str, Score]:
+    return {
+        name: score(found, _value(name), yes_or_no=name in METRICS and METRICS[name].yes_or_no)
+        for name, found in rows.items()
+    }
+
+
+def _gains(rows: dict[str, Rows], baseline: dict[str, Rows]) -> dict[str, Score]:
+    return {name: difference(rows[name], baseline[name], _value(name)) for name in rows}
+
+
+def _value(name: str) -> Value:
+    return _LIKELIHOODS[name] if name in _LIKELIHOODS else METRICS[name].value
+
+
+def _about_bleu(rows: Rows) -> tuple[str, ...]:
+    """BLEU counts runs of four words; where no reference has four, it says nothing."""
+    if not rows or max(row[-1] for row in rows) >= _WORDS_FOR_BLEU:
+        return ()
+    return ("bleu is 0 whatever is said: no reference has four words; take another metric",)
+
+
+def _num_cut(completions: Sequence[Completion]) -> int:
+    return sum(completion.finish_reason is FinishReason.LENGTH for completion in completions)
+
+
+# ---- forgetting ----------------------------------------------------------------------------------
+
+
+def _forgetting(
+    engine: EngineInProcess,
+    tokenizer: Tokenizer,
+    artifact: bytes,
+    prefix: Prefix,
+    general: GeneralText | None,
+) -> tuple[Forgetting | None, tuple[str, ...]]:
+    """The probe, or a note why there is none."""
+    if general is None:
+        return None, (
+            "no probe for forgetting: prefixd has general text for its demo model only; "
+            "give some with --forgetting-text",
+        )
+    limit = engine.base.position_limit
+    room = (
+        WINDOW_TOKENS
+        if limit is None
+        else min(WINDOW_TOKENS, limit - prefix.manifest.first_position)
+    )
+    windows = text_windows(tokenizer, general.text, room)
+    if not windows:
+        return None, (f"no probe for forgetting: {general.source} is shorter than two tokens",)
+    behind = _likelihood_rows(engine.token_losses(artifact, windows))
+    alone = _likelihood_rows(engine.token_losses(None, windows))
+    found = Forgetting(
+        source=general.source,
+        num_tokens=sum(len(window.target_token_ids) for window in windows),
+        with_prefix=score(behind, perplexity),
+        without=score(alone, perplexity),
+        lost=difference(behind, alone, loss),
+    )
+    return found, ()
+
+
+def text_windows(tokenizer: Tokenizer, text: str, room: int) -> list[TextToScore]:
+    """The beginning of `text` in windows of at most `room` tokens, each predicted but for its first token.
+
+    Blank lines separate passages; a window is of one passage, whose beginning the model sees as the beginning
+    of a text, with the tokenizer's beginning-of-text token if it has one, as every prompt does.
+    """
+    windows: list[TextToScore] = []
+    for passage in filter(None, map(str.strip, _BLANK_LINES.split(text))):
+        if len(windows) < MAX_WINDOWS:
+            windows += _passage_windows(tokenizer, passage, room)
+    return windows[:MAX_WINDOWS]
+
+
+def _passage_windows(tokenizer: Tokenizer, passage: str, room: int) -> list[TextToScore]:
+    ids = tokenizer.encode(passage[: MAX_WINDOWS * room * _CHARACTERS_A_TOKEN])
+    opening = opening_tokens(tokenizer, ids)
+    body, step = ids[len(opening) :], room - len(opening)
+    windows = [opening + body[start : start + step] for start in range(0, len(body), step)]
+    first = max(1, len(opening))
+    return [TextToScore(w[:first], w[first:]) for w in windows if len(w) > first]
