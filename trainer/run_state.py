@@ -55,7 +55,9 @@ class RunState:
                 return self
 
     def _after_begin(self, record: Record) -> RunState:
-        examples = f"{record['num_training']:,} examples, {record['num_held_out']:,} held out"
+        examples = (
+            f"{record['num_training']:,} examples to train on, {record['num_held_out']:,} held out"
+        )
         return replace(
             self,
             num_steps=int(record["num_steps"]),

@@ -38,7 +38,7 @@ def test_the_table_says_what_there_is_to_know() -> None:
     run = SyntheticRun(metrics={"exact_match": 93.0}, warnings=["separator"])
     text = drawn(state_after(run, 105))
     for shown in (
-        "1,000 examples, 32 held out; 18,432 parameters",
+        "1,000 examples to train on, 32 held out; 18,432 parameters",
         "step 93 of 200  0:19 gone  0:21 left",
         "held-out loss",
         "best 0.7622 at step 80",
