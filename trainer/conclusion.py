@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from trainer.doctor import Finding, diagnose
 from trainer.errors import RunFolderFailed, TrainerError
+from trainer.html_page import ResultTable
 from trainer.plot_style import PlotsUnavailable
 from trainer.plots import draw_plots
 from trainer.records import Record, read_records
-from trainer.report import ResultTable, report_html
+from trainer.report import report_html
 from trainer.run_folder import RunFolder, write_durably
 
 PLOTS: Final = "plots"
