@@ -21,7 +21,7 @@ INTERRUPTED: Final = 130
 FAILED_RUN: Final = 3
 
 
-class _StopRequest:
+class StopRequest:
     """Whether someone asked the run to stop: the first Ctrl-C or SIGTERM asks, a second one does not wait."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def train(
     from trainer import session
     from trainer.live_table import open_display
 
-    stop = _StopRequest()
+    stop = StopRequest()
     console = Console(stderr=not sys.stdout.isatty())
     path = resume if config is None else config.output
     assert path is not None, "checked above"
