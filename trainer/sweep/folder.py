@@ -21,6 +21,7 @@ from typing import Any, Final
 from server import __version__
 from trainer.checkpoint import Origin
 from trainer.errors import CannotResume, RunExists, RunFolderFailed
+from trainer.finite_json import finite
 from trainer.run_folder import write_durably
 from trainer.standard_error import Score
 from trainer.sweep.pick import Outcome, Pick, Setting, Summary
@@ -88,7 +89,7 @@ def write_sweep(
         "settings": [_told(summary) for summary in summaries],
         "pick": None if pick is None else _picked(pick),
     }
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,12 +128,3 @@ def _outcome(run: dict[str, Any]) -> Outcome:
         "findings": tuple(run["findings"]),
     }
     return Outcome(**(run | rest))
-
-
-def _finite(value: Any) -> Any:
-    """NaN, which JSON has not, as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -153,7 +153,8 @@ class _Sweep:
         """What came of the run: now, or before. A failure is an outcome too."""
         try:
             return self._finished(run) or self._trained(run)
-        except (PrefixdError, PrefixStoreError, torch.OutOfMemoryError) as error:
+        # RuntimeError: what torch says of everything, such as no memory left.
+        except (PrefixdError, PrefixStoreError, RuntimeError) as error:
             return Outcome(
                 run.name, run.setting, run.config.seed, "failed", f"{type(error).__name__}: {error}"
             )
