@@ -185,14 +185,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("rate", "told"),
-    [(1e30, "Diverged: step"), (1e38, "RuntimeError: value cannot be converted")],
+    ("warmup", "told"),
+    [(0.9, "Diverged: step"), (0.0, "RuntimeError: value cannot be converted")],
     ids=["the trainer says so", "torch says so"],
 )
 def test_a_run_that_fails_is_told_and_the_others_go_on(
-    tmp_path: Path, rate: float, told: str
+    tmp_path: Path, warmup: float, told: str
 ) -> None:
-    config = small_sweep(tmp_path, learning_rate=[0.02, rate], num_virtual_tokens=[2])
+    config = small_sweep(
+        tmp_path, learning_rate=[0.02, 1e38], num_virtual_tokens=[2], warmup_fraction=warmup
+    )
 
     result = sweep([config])
 
