@@ -3,7 +3,7 @@
     prefixd serve | demo | generate | config show | version      here
     prefixd tasks ...                                            in `server.cli_tasks`
     prefixd convert | inspect | verify | audit verify            in `server.cli_*` of that name
-    prefixd evaluate | hand-over                                 in `server.cli_train`
+    prefixd train | sweep | doctor | evaluate | hand-over        in `server.cli_train`
 
 Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
 """
@@ -27,7 +27,7 @@ from server.cli_convert import convert_app
 from server.cli_inspect import inspect_app
 from server.cli_report import shown
 from server.cli_tasks import tasks_app
-from server.cli_train import doctor_app, evaluate_app, hand_over_app, train_app
+from server.cli_train import doctor_app, evaluate_app, hand_over_app, sweep_app, train_app
 from server.cli_verify import verify_app
 from server.config import ServeConfig, check_exposure
 from server.errors import ConfigError, GenerationFailed, PrefixdError
@@ -62,6 +62,7 @@ app.command(tasks_app)
 app.command(audit_app)
 app.command(convert_app)
 app.command(train_app)
+app.command(sweep_app)
 app.command(doctor_app)
 app.command(inspect_app)
 app.command(verify_app)

@@ -1,4 +1,4 @@
-"""`python -m trainer`: what `prefixd train`, `evaluate` and `hand-over` become."""
+"""`python -m trainer`: what `prefixd train`, `sweep`, `evaluate`, `hand-over` and `doctor` become."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prefix_store.errors import PrefixStoreError
 from server.errors import ConfigError, PrefixdError
 from trainer.cli_doctor import doctor
 from trainer.cli_evaluate import evaluate, hand_over
+from trainer.cli_sweep import sweep
 from trainer.cli_train import train
 from trainer.errors import BadSetting
 
@@ -23,6 +24,7 @@ INTERRUPTED: Final = 130
 
 app = App(name="prefixd", help="Learn prefixes, and judge them.", version_flags=())
 app.command(train)
+app.command(sweep)
 app.command(evaluate)
 app.command(hand_over)
 app.command(doctor)

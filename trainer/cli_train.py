@@ -28,7 +28,7 @@ INTERRUPTED: Final = 130
 FAILED_RUN: Final = 3
 
 
-class _StopRequest:
+class StopRequest:
     """Whether someone asked the run to stop: the first Ctrl-C or SIGTERM asks, a second one does not wait."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ def _trained(resume: Path | None, config: TrainConfig | None, console: Console) 
     from trainer.live_table import open_display
     from trainer.run_folder import RunFolder
 
-    stop = _StopRequest()
+    stop = StopRequest()
     path = resume if config is None else config.output
     assert path is not None, "checked before"
     # Reopening refuses a folder without a checkpoint, and says so.

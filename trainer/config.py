@@ -7,7 +7,7 @@ reads no environment. Errors are `BadSetting`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
 from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,13 +30,13 @@ InitKind: TypeAlias = Literal["text", "examples", "vocabulary", "random"]
 _MODEL: Final = Group.create_ordered("Base model")
 _DATA: Final = Group.create_ordered("Data")
 _PREFIX: Final = Group.create_ordered("Prefix")
+_PREFIX_DETAILS: Final = Group.create_ordered("Prefix, in detail")
 _STEPS: Final = Group.create_ordered("Optimisation")
 _RUN: Final = Group.create_ordered("Run")
 
 
-@Parameter(name="*")
-class TrainConfig(BaseModel):
-    """The settings of `prefixd train`. Raises `BadSetting`, never pydantic's error."""
+class RunSettings(BaseModel):
+    """The settings that all runs of a sweep share. Raises `BadSetting`, never pydantic's error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -91,33 +91,16 @@ class TrainConfig(BaseModel):
         description="Leave out examples of more tokens; those that do not fit the model if left out",
     )
 
-    encoder: Annotated[Literal["direct", "mlp", "soft"], Parameter(group=_PREFIX)] = Field(
-        default="direct",
-        description="direct: keys and values; mlp: through an MLP; soft: input embeddings",
-    )
-    num_virtual_tokens: Annotated[int | None, Parameter(group=_PREFIX)] = Field(
-        default=None,
-        ge=1,
-        le=1_000_000,
-        description="Length P; 16, or that of the initial text, if left out",
-    )
-    init: Annotated[InitKind | None, Parameter(group=_PREFIX)] = Field(
-        default=None,
-        description="What the prefix begins as; text if --init-text is given, else examples",
-    )
-    init_text: Annotated[str | None, Parameter(group=_PREFIX)] = Field(
-        default=None, min_length=1, description="The text that it begins as, such as an instruction"
-    )
-    num_frozen_tokens: Annotated[int, Parameter(group=_PREFIX)] = Field(
+    num_frozen_tokens: Annotated[int, Parameter(group=_PREFIX_DETAILS)] = Field(
         default=0, ge=0, description="Leading tokens of the prefix that stay as they begin"
     )
-    prefix_dropout: Annotated[float, Parameter(group=_PREFIX)] = Field(
+    prefix_dropout: Annotated[float, Parameter(group=_PREFIX_DETAILS)] = Field(
         default=0.0, ge=0, lt=1, description="Share of the prefix's values that a step leaves out"
     )
-    mlp_embedding_size: Annotated[int, Parameter(group=_PREFIX)] = Field(
+    mlp_embedding_size: Annotated[int, Parameter(group=_PREFIX_DETAILS)] = Field(
         default=64, ge=1, description="Width of the MLP's input"
     )
-    mlp_hidden_size: Annotated[int, Parameter(group=_PREFIX)] = Field(
+    mlp_hidden_size: Annotated[int, Parameter(group=_PREFIX_DETAILS)] = Field(
         default=128, ge=1, description="Width of its hidden layer"
     )
 
@@ -136,9 +119,6 @@ class TrainConfig(BaseModel):
         default=None,
         ge=1,
         description="Examples of a forward pass; gradients accumulate over a step's passes",
-    )
-    learning_rate: Annotated[float | None, Parameter(group=_STEPS)] = Field(
-        default=None, gt=0, description="Peak; by the encoder if left out"
     )
     schedule: Annotated[Shape, Parameter(group=_STEPS)] = Field(
         default="cosine", description="How it falls"
@@ -162,9 +142,6 @@ class TrainConfig(BaseModel):
 
     output: Annotated[Path, Parameter(group=_RUN)] = Field(
         description="Run folder, which must not exist yet or be empty"
-    )
-    seed: Annotated[int, Parameter(group=_RUN)] = Field(
-        default=0, ge=0, lt=2**63, description="Of initialisation, order and dropout"
     )
     evaluate_every: Annotated[int | None, Parameter(group=_RUN)] = Field(
         default=None, ge=1, description="Steps between evaluations; a tenth of the run if left out"
@@ -194,15 +171,56 @@ class TrainConfig(BaseModel):
             raise BadSetting(_describe(error)) from None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> TrainConfig:
+    def _steps_fit_together(self) -> Self:
         if self.num_steps is not None and self.num_epochs is not None:
             raise ValueError("num_steps: expected either this or num_epochs")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"micro_batch_size: expected at most batch_size ({self.batch_size})")
+        return self
+
+    def num_steps_for(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.num_steps is not None:
+            return self.num_steps
+        if self.num_epochs is None:
+            return max(MIN_DEFAULT_STEPS, DEFAULT_NUM_EPOCHS * steps_per_epoch)
+        return max(1, round(self.num_epochs * steps_per_epoch))
+
+
+@Parameter(name="*")
+class TrainConfig(RunSettings):
+    """The settings of `prefixd train`: those above, and those that a sweep varies."""
+
+    encoder: Annotated[Literal["direct", "mlp", "soft"], Parameter(group=_PREFIX)] = Field(
+        default="direct",
+        description="direct: keys and values; mlp: through an MLP; soft: input embeddings",
+    )
+    num_virtual_tokens: Annotated[int | None, Parameter(group=_PREFIX)] = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Length P; 16, or that of the initial text, if left out",
+    )
+    init: Annotated[InitKind | None, Parameter(group=_PREFIX)] = Field(
+        default=None,
+        description="What the prefix begins as; text if --init-text is given, else examples",
+    )
+    init_text: Annotated[str | None, Parameter(group=_PREFIX)] = Field(
+        default=None, min_length=1, description="The text that it begins as, such as an instruction"
+    )
+    learning_rate: Annotated[float | None, Parameter(group=_STEPS)] = Field(
+        default=None, gt=0, description="Peak; by the encoder if left out"
+    )
+    seed: Annotated[int, Parameter(group=_RUN)] = Field(
+        default=0, ge=0, lt=2**63, description="Of initialisation, order and dropout"
+    )
+
+    @model_validator(mode="after")
+    def _init_fits_text(self) -> Self:
         if self.init == "text" and self.init_text is None:
             raise ValueError("init: text needs init_text")
         if self.init not in (None, "text") and self.init_text is not None:
             raise ValueError(f"init_text: expected no text with init {self.init}")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(f"micro_batch_size: expected at most batch_size ({self.batch_size})")
         return self
 
     @property
@@ -214,14 +232,6 @@ class TrainConfig(BaseModel):
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the encoder's own."""
         return self.learning_rate or DEFAULT_LEARNING_RATES[self.encoder]
-
-    def num_steps_for(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run."""
-        if self.num_steps is not None:
-            return self.num_steps
-        if self.num_epochs is None:
-            return max(MIN_DEFAULT_STEPS, DEFAULT_NUM_EPOCHS * steps_per_epoch)
-        return max(1, round(self.num_epochs * steps_per_epoch))
 
 
 def _describe(error: ValidationError) -> str:

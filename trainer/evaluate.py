@@ -33,7 +33,7 @@ from trainer.evaluation import (
     Forgetting,
 )
 from trainer.likelihood import TextToScore
-from trainer.metrics import METRICS, Metric, Rows, loss, perplexity, require_known
+from trainer.metrics import METRICS, Metric, Rows, loss, perplexity, require_known, totals
 from trainer.standard_error import Score, Value, difference, score
 
 DEFAULT_METRICS: Final = ("exact_match", "token_f1")
@@ -118,13 +118,33 @@ def generated_metrics(
     max_tokens: int | None = None,
 ) -> dict[str, float]:
     """Metrics of the prefix alone, by name, for stopping early by one. Raises as `evaluate` does."""
+    rows = _generated(engine, artifact, examples, names, max_tokens)
+    return {name: METRICS[name].value(totals(found)) for name, found in rows.items()}
+
+
+def generated_scores(
+    engine: EngineInProcess,
+    artifact: bytes,
+    examples: Sequence[EncodedExample],
+    names: Sequence[str],
+) -> dict[str, Score]:
+    """The same with their standard errors over the examples."""
+    return _scores(_generated(engine, artifact, examples, names, None))
+
+
+def _generated(
+    engine: EngineInProcess,
+    artifact: bytes,
+    examples: Sequence[EncodedExample],
+    names: Sequence[str],
+    max_tokens: int | None,
+) -> dict[str, Rows]:
     require_known(names)
     defaults = engine.prefix(artifact).manifest.generation
     sampling = greedy(max_tokens or max_tokens_for(examples), defaults)
     prompts = [Prompt(example.prompt_token_ids, artifact) for example in examples]
-    texts = [completion.text for completion in engine.generate(prompts, sampling)]
-    references = [example.reference for example in examples]
-    return {name: METRICS[name](texts, references) for name in names}
+    completions = engine.generate(prompts, sampling)
+    return _rows([METRICS[name] for name in names], completions, examples)
 
 
 def greedy(max_tokens: int, defaults: GenerationDefaults) -> SamplingParams:

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trainer.finite_json import finite
 from trainer.standard_error import Score
 
 PREFIX: Final = "prefix"
@@ -66,7 +67,7 @@ class Evaluation:
 
     def as_json(self) -> str:
         """One JSON object; a number that is none (an infinite perplexity) is null."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=2, ensure_ascii=False)
+        return json.dumps(finite(dataclasses.asdict(self)), indent=2, ensure_ascii=False)
 
     def as_table(self) -> RenderableType:
         """What a person reads: one row a metric, one column a condition; what the prefix gains; the probe; the notes."""
@@ -124,11 +125,3 @@ def _told(forgetting: Forgetting) -> str:
         f"{_score(forgetting.without, PERPLEXITY)} without; "
         f"{_score(forgetting.lost, LOSS, sign='+')} nats a token"
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

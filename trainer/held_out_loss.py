@@ -1,4 +1,6 @@
-"""Loss on examples that are not trained on, teacher-forced, in nats a completion token. Called by `loop`."""
+"""Loss on examples that are not trained on, teacher-forced, in nats a completion token. Called by `loop`, and
+by the sweep, which needs each example's own.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from trainer.base import FrozenBase
 from trainer.batches import make_batch
 from trainer.encoding import EncodedExample
-from trainer.loss import Objective
+from trainer.loss import Objective, widened
+from trainer.metrics import Rows
 from trainer.prefix_cache import KeyValues
 
 
@@ -30,6 +34,24 @@ def mean_loss(
         total += float(objective(base.logits(prefix, batch), batch))
         count += len(batch.targets)
     return total / count
+
+
+@torch.no_grad()
+def nats_by_example(
+    base: FrozenBase, prefix: KeyValues, examples: Sequence[EncodedExample], rows: int
+) -> Rows:
+    """(nats, completion tokens) of each example, in their order; `metrics.loss` of the totals is the mean loss."""
+    order = sorted(range(len(examples)), key=lambda index: examples[index].num_tokens)
+    found: Rows = [()] * len(examples)
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        batch = make_batch([examples[index] for index in chosen], base.device)
+        logits = widened(base.logits(prefix, batch))  # [N, V]
+        nats = cross_entropy(logits, batch.targets, reduction="none").double()
+        sums = nats.new_zeros(len(chosen)).index_add_(0, batch.rows, nats).tolist()
+        for index, total in zip(chosen, sums, strict=True):
+            found[index] = (total, float(len(examples[index].completion_token_ids)))
+    return found
 
 
 def with_other_prompts(examples: Sequence[EncodedExample]) -> list[EncodedExample]:

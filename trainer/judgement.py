@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.evaluation import LOSS, NO_PREFIX, PREFIX, TEXT_PROMPT, Evaluation
-from trainer.report import ResultTable
+from trainer.html_page import ResultTable
 from trainer.run_folder import write_durably
 
 EVALUATION: Final = "evaluation.json"

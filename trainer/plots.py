@@ -78,7 +78,7 @@ def _loss(history: History, figure: Figure, theme: Theme) -> None:
     everything = (*values, *(loss for _, loss in history.held_out_loss()))
     finite = [value for value in everything if math.isfinite(value) and value > 0]
     if finite and max(finite) > _LOG_SPAN * min(finite):
-        _log_scale(axes, min(finite), max(finite))
+        log_scale(axes, min(finite), max(finite))
         axes.set_ylabel("nats a completion token (log)")
     legend(axes)
 
@@ -103,7 +103,7 @@ def _rate(history: History, clip: float | None, figure: Figure, theme: Theme) ->
     lower.plot(steps, values, color=theme.lines[1], linewidth=0.9)
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive:
-        _log_scale(lower, min(positive), max(*positive, clip or 0.0))
+        log_scale(lower, min(positive), max(*positive, clip or 0.0))
     if clip:
         lower.axhline(
             clip, color=theme.ink, linestyle="--", linewidth=1, label=f"clipped at {clip:g}"
@@ -182,7 +182,7 @@ def _ratios(axes: Axes, title: str, field: str, records: Sequence[Record], theme
         steps, [row[len(row) // 2] for row in rows], color=theme.lines[0], label="median layer"
     )
     axes.axhline(1.0, color=theme.ink, linestyle="--", linewidth=1)
-    _log_scale(axes, min(0.8, *(row[0] for row in rows)), max(1.25, *(row[-1] for row in rows)))
+    log_scale(axes, min(0.8, *(row[0] for row in rows)), max(1.25, *(row[-1] for row in rows)))
     axes.legend(loc="best", fontsize=8)
 
 
@@ -215,7 +215,7 @@ def _whole_numbers(axes: Axes, *, x: bool = True) -> None:
     (axes.xaxis if x else axes.yaxis).set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
-def _log_scale(axes: Axes, low: float, high: float) -> None:
+def log_scale(axes: Axes, low: float, high: float) -> None:
     """Logarithmic from a little below `low` to a little above `high`, with numbers such as 0.5 and 20 beside it."""
     from matplotlib.ticker import NullLocator
 

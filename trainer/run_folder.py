@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.errors import CannotResume, RunExists, RunFolderFailed
+from trainer.finite_json import finite
 from trainer.records import Record
 
 _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -87,7 +88,7 @@ class RunFolder:
 
     def on_record(self, record: Record) -> None:
         """Appends to the log."""
-        line = json.dumps(record, allow_nan=False) + "\n"
+        line = json.dumps(finite(dict(record)), allow_nan=False) + "\n"
         with _translated(self.log), self.log.open("ab") as file:
             file.write(line.encode())
 

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from server import __version__
 from trainer.base import FrozenBase, load_base
 from trainer.checkpoint import Checkpoint, Origin, Progress, load_checkpoint
-from trainer.config import TrainConfig
+from trainer.config import RunSettings, TrainConfig
 from trainer.data import Example, Fields, digest_of_file, num_shared_prompts, read_examples, split
 from trainer.encoding import (
     EncodedExample,
@@ -78,25 +78,36 @@ class TrainResult:
         return RunFolder(self.folder).prefix
 
 
-def train(config: TrainConfig, attachments: Attachments = Attachments()) -> TrainResult:
-    """A new run. Raises `TrainerError`, `ModelRefused` or `ConfigError`; nothing is written before all is read."""
-    config = _absolute(config)
-    material = gather(config)
+def train(
+    config: TrainConfig,
+    attachments: Attachments = Attachments(),
+    material: Material | None = None,
+) -> TrainResult:
+    """A new run. Raises `TrainerError`, `ModelRefused` or `ConfigError`; nothing is written before all is read.
+
+    `material`: what `gather` gave for the same data and base, where several runs share it.
+    """
+    config = absolute(config)
+    material = material or gather(config)
     folder = RunFolder.create(config.output, config.model_dump(mode="json"))
     return _run(config, material, folder, None, attachments)
 
 
-def resume(path: Path, attachments: Attachments = Attachments()) -> TrainResult:
+def resume(
+    path: Path,
+    attachments: Attachments = Attachments(),
+    material: Material | None = None,
+) -> TrainResult:
     """Goes on with the run in `path` from its last checkpoint. Raises `CannotResume` if what it was begun with changed."""
     folder = RunFolder.reopen(path)
     config = TrainConfig(**folder.read_config()).model_copy(update={"output": path})
-    material = gather(config)
+    material = material or gather(config)
     checkpoint = load_checkpoint(folder.checkpoint, material.base.device)
-    _require_same(checkpoint.origin, _origin(config, material.base))
+    require_same(checkpoint.origin, origin_of(config, material.base))
     return _run(config, material, folder, checkpoint, attachments)
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
+def absolute(config: TrainConfig) -> TrainConfig:
     """The same with paths that mean the same from wherever the run is resumed."""
     changed: dict[str, Any] = {"data": config.data.absolute(), "output": config.output.absolute()}
     if config.held_out is not None:
@@ -106,17 +117,11 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=changed)
 
 
-def gather(config: TrainConfig) -> Material:
-    """Reads data and base. Raises `BadData`, `BadSetting` or `ModelRefused`."""
+def gather(config: TrainConfig, base: FrozenBase | None = None) -> Material:
+    """Reads data and base, unless `open_base` gave that before. Raises `BadData`, `BadSetting` or `ModelRefused`."""
     training, held_out = _examples(config)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    base = load_base(
-        config.model, revision=config.revision, dtype=config.dtype, device=config.device
-    )
-    if config.activation_checkpointing:
-        base.recompute_activations()
-    encoder = ExampleEncoder(base.tokenizer, _encoding_settings(config, base))
+    base = base or open_base(config)
+    encoder = ExampleEncoder(base.tokenizer, encoding_settings(config, base))
     encoded, notices = encoder.encode(training)
     encoded_held_out, more = encoder.encode(held_out)
     notices += [Notice(n.code, f"held-out data: {n.message}") for n in more]
@@ -124,6 +129,18 @@ def gather(config: TrainConfig) -> Material:
         told = f"{shared} of {len(held_out)} held-out prompts are trained on too: the held-out loss flatters"
         notices.append(Notice("shared_prompts", told))
     return Material(base, encoded, encoded_held_out, notices)
+
+
+def open_base(config: RunSettings) -> FrozenBase:
+    """The base as these settings want it. Raises `BadSetting` or `ModelRefused`."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    base = load_base(
+        config.model, revision=config.revision, dtype=config.dtype, device=config.device
+    )
+    if config.activation_checkpointing:
+        base.recompute_activations()
+    return base
 
 
 def _examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
@@ -136,7 +153,8 @@ def _examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
     return split(examples, config.held_out_fraction, config.split_seed)
 
 
-def _encoding_settings(config: TrainConfig, base: FrozenBase) -> EncodingSettings:
+def encoding_settings(config: TrainConfig, base: FrozenBase) -> EncodingSettings:
+    """What fits behind the prefix, and how completions end. Raises `BadSetting` for a prefix that this base can not have."""
     limit, count = base.spec.position_limit, num_virtual_tokens(base.tokenizer, config)
     if config.num_frozen_tokens >= count:
         raise BadSetting(
@@ -164,7 +182,7 @@ def _run(
     base = material.base
     initial = initial_prefix(base, config, material.training)
     encoder = build_encoder(base, config, initial)
-    origin = _origin(config, base)
+    origin = origin_of(config, base)
     hooks = _hooks(config, material, folder, origin, initial, attachments)
     loop = Loop(base, encoder, config, material.training, material.held_out, folder, origin, hooks)
     if checkpoint is not None:
@@ -274,12 +292,14 @@ def training_record(
     return record
 
 
-def _origin(config: TrainConfig, base: FrozenBase) -> Origin:
+def origin_of(config: TrainConfig, base: FrozenBase) -> Origin:
+    """What a run with these settings is begun with."""
     held_out = None if config.held_out is None else digest_of_file(config.held_out)
     return Origin(base.spec.fingerprint, digest_of_file(config.data), held_out)
 
 
-def _require_same(before: Origin, now: Origin) -> None:
+def require_same(before: Origin, now: Origin) -> None:
+    """Raises `CannotResume` where they differ, and says in what."""
     told = {
         "base_fingerprint": "the weights of the base model",
         "data": "the training data",

@@ -13,9 +13,10 @@ import pytest
 from tests.trainer.synthetic_run import SyntheticRun
 from trainer import report
 from trainer.doctor import Failure, Finding, Severity
+from trainer.html_page import ResultTable, flat
 from trainer.plot_style import DARK, PlotsUnavailable
 from trainer.plots import CAPTIONS, draw_plots
-from trainer.report import ResultTable, flat, report_html
+from trainer.report import report_html
 
 PNG = b"\x89PNG\r\n\x1a\n"
 RUN = SyntheticRun(num_steps=40, metrics={"exact_match": 93.0}, warnings=["separator"])
