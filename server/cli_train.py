@@ -1,4 +1,4 @@
-"""`prefixd train`, `doctor`, `evaluate` and `hand-over`: become the trainer, which the server never loads.
+"""`prefixd train`, `distill`, `doctor`, `evaluate` and `hand-over`: become the trainer, which the server never loads.
 
 What follows the command is the trainer's, `--help` included.
 """
@@ -29,6 +29,9 @@ def _trainer_app(name: str, text: str) -> App:
 
 
 train_app = _trainer_app("train", "Learn the prefix of a task from examples.")
+distill_app = _trainer_app(
+    "distill", "Learn a prefix that stands for a long document, from the base itself."
+)
 evaluate_app = _trainer_app(
     "evaluate", "Judge a prefix on held-out examples, beside the bare model and a text prompt."
 )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -17,11 +18,14 @@ from rich.console import Console
 from trainer.config import TrainConfig
 from trainer.errors import BadSetting, Diverged
 
+if TYPE_CHECKING:
+    from trainer.report import ResultTable
+
 INTERRUPTED: Final = 130
 FAILED_RUN: Final = 3
 
 
-class _StopRequest:
+class StopRequest:
     """Whether someone asked the run to stop: the first Ctrl-C or SIGTERM asks, a second one does not wait."""
 
     def __init__(self) -> None:
@@ -51,7 +55,7 @@ def train(
     from trainer import session
     from trainer.live_table import open_display
 
-    stop = _StopRequest()
+    stop = StopRequest()
     console = Console(stderr=not sys.stdout.isatty())
     path = resume if config is None else config.output
     assert path is not None, "checked above"
@@ -63,24 +67,24 @@ def train(
             else:
                 result = session.train(config, attachments)
     except Diverged:
-        _conclude(path, console)  # when it went wrong, the findings are wanted most
+        conclude_run(path, console)  # when it went wrong, the findings are wanted most
         raise
     if result.reason == "interrupted":
         print(
             f"stopped at step {result.num_steps}; to go on: prefixd train --resume {result.folder}"
         )
         return INTERRUPTED
-    failed = _conclude(path, console)
+    failed = conclude_run(path, console)
     print(f"{result.reason}; best held-out loss {result.best_loss:.4f} at step {result.best_step}")
     print(f"prefix: {result.prefix}")
     return FAILED_RUN if failed and doctor else 0
 
 
-def _conclude(path: Path, console: Console) -> bool:
-    """Plots, report and findings; whether the doctor found that the run failed."""
+def conclude_run(path: Path, console: Console, results: Sequence[ResultTable] = ()) -> bool:
+    """Plots, report with `results`, and findings; whether the doctor found that the run failed."""
     from trainer.conclusion import conclude
     from trainer.doctor.shown import as_boxes
 
-    findings = conclude(path)
+    findings = conclude(path, results)
     console.print(as_boxes(findings))
     return any(finding.failed for finding in findings)

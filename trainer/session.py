@@ -6,8 +6,8 @@ Main thread; called by `cli_train`, by sweeps and by programs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +68,26 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a run works on: the base, both sets of examples, and what was noticed while they were read."""
+    """What a run works on: the base, both sets of examples, and what was noticed while they were read.
+
+    `initial`: what the prefix begins as, if not what the settings say. `record`: entries of the artifact's training record
+    beside, or in place of, those that follow from the settings.
+    """
 
     base: FrozenBase
-    training: list[EncodedExample]
-    held_out: list[EncodedExample]
-    notices: list[Notice]
+    training: Sequence[EncodedExample]
+    held_out: Sequence[EncodedExample]
+    notices: Sequence[Notice]
+    initial: InitialPrefix | None = None
+    record: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 def train(config: TrainConfig, attachments: Attachments = Attachments()) -> TrainResult:
     """A new run. Raises `TrainerError`, `ModelRefused` or `ConfigError`; nothing is written before all is read."""
-    config = _absolute(config)
+    config = absolute(config)
     material = gather(config)
     folder = RunFolder.create(config.output, config.model_dump(mode="json"))
-    return _run(config, material, folder, None, attachments)
+    return run(config, material, folder, None, attachments)
 
 
 def resume(path: Path, attachments: Attachments = Attachments()) -> TrainResult:
@@ -89,12 +95,10 @@ def resume(path: Path, attachments: Attachments = Attachments()) -> TrainResult:
     folder = RunFolder.reopen(path)
     config = TrainConfig(**folder.read_config()).model_copy(update={"output": path})
     material = gather(config)
-    checkpoint = load_checkpoint(folder.checkpoint, material.base.device)
-    _require_same(checkpoint.origin, _origin(config, material.base))
-    return _run(config, material, folder, checkpoint, attachments)
+    return run(config, material, folder, folder.checkpoint, attachments)
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
+def absolute(config: TrainConfig) -> TrainConfig:
     """The same with paths that mean the same from wherever the run is resumed."""
     changed: dict[str, Any] = {"data": config.data.absolute(), "output": config.output.absolute()}
     if config.held_out is not None:
@@ -152,22 +156,27 @@ def _encoding_settings(config: TrainConfig, base: FrozenBase) -> EncodingSetting
     )
 
 
-def _run(
+def run(
     config: TrainConfig,
     material: Material,
     folder: RunFolder,
-    checkpoint: Checkpoint | None,
+    checkpoint_file: Path | None,
     attachments: Attachments,
 ) -> TrainResult:
-    base = material.base
-    initial = initial_prefix(base, config, material.training)
+    """Trains on what was gathered, from the checkpoint if there is one. Raises `CannotResume` if it is of another run."""
+    base, origin = material.base, _origin(config, material.base)
+    checkpoint: Checkpoint | None = None
+    if checkpoint_file is not None:
+        checkpoint = load_checkpoint(checkpoint_file, base.device)
+        _require_same(checkpoint.origin, origin)
+    initial = material.initial or initial_prefix(base, config, material.training)
     encoder = build_encoder(base, config, initial)
     export = Export.of(base, config, material.training, material.held_out)
     observers = (folder, *attachments.observers)
 
     def keep(prefix: KeyValues, progress: Progress) -> None:
         record = training_record(config, material, initial, progress, loop)
-        folder.write(folder.prefix, export.artifact(prefix, record))
+        folder.write(folder.prefix, export.artifact(prefix, {**record, **material.record}))
 
     metrics_for = attachments.metrics_for
     hooks = Hooks(
@@ -177,7 +186,6 @@ def _run(
         should_stop=attachments.should_stop,
         objective=attachments.objective,
     )
-    origin = _origin(config, base)
     loop = Loop(base, encoder, config, material.training, material.held_out, folder, origin, hooks)
     if checkpoint is not None:
         loop.restore(checkpoint)

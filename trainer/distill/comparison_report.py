@@ -1,0 +1,106 @@
+"""What a comparison found: frozen, as JSON, as a table for a terminal and for the report. Made by `comparison`; pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from rich.table import Table
+
+from trainer.report import ResultTable
+from trainer.standard_error import Score
+
+PREFIX: Final = "prefix"
+DOCUMENT: Final = "document"
+CHUNK: Final = "chunk"
+NO_DOCUMENT: Final = "no_document"
+
+_SHOWN: Final = {
+    PREFIX: "prefix",
+    DOCUMENT: "document in the prompt",
+    CHUNK: "teacher's part in the prompt",
+    NO_DOCUMENT: "no document",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """The same held-out conversations under one condition, beside the teacher.
+
+    `divergence`: nats an answer's token. `same_token`: percent of places where the most probable token is the teacher's,
+    teacher-forced. `same_answer`, `token_f1`: of greedy answers, with the teacher's as references. `num_kv_tokens`,
+    `kv_bytes`: what stands before the prompt, in the serving dtype; once for all requests if `kv_shared`, else for each.
+    """
+
+    divergence: float
+    same_token: float
+    same_answer: Score
+    token_f1: Score
+    first_token_seconds: float
+    num_kv_tokens: int
+    kv_bytes: int
+    kv_shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`document_fits`: the model has positions for the whole document, a message and an answer."""
+
+    num_conversations: int
+    document_fits: bool
+    conditions: dict[str, Condition]
+
+    def as_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def as_table(self) -> Table:
+        """For a terminal: a row a figure, a column a condition."""
+        shown = self.as_result_table()
+        table = Table(
+            title=shown.title, title_justify="left", caption=shown.note, caption_justify="left"
+        )
+        for place, name in enumerate(shown.header):
+            table.add_column(name, justify="right" if place else "left")
+        for row in shown.rows:
+            table.add_row(*row)
+        return table
+
+    def as_result_table(self) -> ResultTable:
+        """For the report."""
+        found = list(self.conditions.values())
+        rows = (
+            (
+                "divergence from the teacher, nats a token ↓",
+                *(f"{c.divergence:.4f}" for c in found),
+            ),
+            ("most probable token is the teacher's, % ↑", *(f"{c.same_token:.1f}" for c in found)),
+            ("greedy answer is the teacher's, % ↑", *(_shown(c.same_answer) for c in found)),
+            ("token F1 with the teacher's answer, % ↑", *(_shown(c.token_f1) for c in found)),
+            ("time to first token, ms ↓", *(f"{1000 * c.first_token_seconds:.1f}" for c in found)),
+            ("tokens before the prompt ↓", *(f"{c.num_kv_tokens:,}" for c in found)),
+            ("their K/V, bytes ↓", *(_bytes(c) for c in found)),
+        )
+        return ResultTable(
+            title=f"Prefix and document on {self.num_conversations} held-out conversations",
+            header=("", *(_SHOWN[name] for name in self.conditions)),
+            rows=rows,
+            note=self._note(),
+        )
+
+    def _note(self) -> str:
+        told = "The teacher is the base with the part of the document that the conversation was made from in its prompt."
+        if not self.document_fits:
+            told += " The whole document has more tokens than the model has positions for, so it is not compared."
+        return told
+
+
+def _shown(value: Score) -> str:
+    return f"{value.value:.1f} ± {value.standard_error:.1f}"
+
+
+def _bytes(condition: Condition) -> str:
+    if not condition.kv_bytes:
+        return "0"
+    return f"{condition.kv_bytes:,} {'once' if condition.kv_shared else 'a request'}"
