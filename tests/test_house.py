@@ -36,7 +36,7 @@ BUDGET_LINES = {
     "prefix_store": 4_700,
     "demo": 2_500,
     "converter": 1_300,
-    "trainer": 7_500,
+    "trainer": 9_000,
 }
 
 # The only readers of pickled files; no server process imports them.

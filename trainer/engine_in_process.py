@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -74,7 +74,7 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    first_token_seconds: float
+    first_token_seconds: float = field(compare=False)
 
 
 class EngineInProcess:
@@ -120,7 +120,8 @@ class EngineInProcess:
         if not prompts:
             return []
         with self._published(prompts) as refs, own_attention(self._model):
-            engine = self._engine(prompts, sampling, refs)
+            together = 1 if one_by_one else self._max_num_seqs
+            engine = self._engine(prompts, sampling, refs, together)
             requests = [
                 GenerationRequest(
                     request_id=str(index),
@@ -130,7 +131,7 @@ class EngineInProcess:
                 )
                 for index, prompt in enumerate(prompts)
             ]
-            in_flight = 1 if one_by_one else 2 * self._max_num_seqs
+            in_flight = 1 if one_by_one else 2 * together
             return asyncio.run(_generate(engine, requests, in_flight, on_progress))
 
     def token_losses(self, artifact: bytes | None, texts: Sequence[TextToScore]) -> list[Tensor]:
@@ -160,11 +161,15 @@ class EngineInProcess:
                 self._store.free(digest)
 
     def _engine(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, refs: dict[bytes, PrefixRef]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        refs: dict[bytes, PrefixRef],
+        together: int,
     ) -> AsyncEngine:
-        """An engine whose pool holds what these prompts need and no more: the trainer has memory of its own."""
+        """An engine whose pool holds what `together` of these prompts need and no more: the trainer has memory of its own."""
         longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_tokens
-        num_own = min(self._max_num_seqs, len(prompts)) * -(-longest // _BLOCK_SIZE)
+        num_own = min(together, len(prompts)) * -(-longest // _BLOCK_SIZE)
         num_prefix = sum(-(-ref.num_virtual_tokens // _BLOCK_SIZE) for ref in refs.values())
         # Not `ServeConfig(...)`: variables and files that configure a server must not change an evaluation.
         config = ServeConfig.model_construct(

@@ -58,12 +58,16 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One condition: each example's prompt, what stands before it, and the tokens whose K/V that costs."""
+    """One condition: each example's prompt, what stands before it, and the tokens whose K/V that costs.
+
+    `alone`: one row at a time, because many together might not fit into memory.
+    """
 
     prompts: Sequence[tuple[int, ...]]
     artifact: bytes | None
     num_tokens: float
     shared: bool
+    alone: bool = False
 
     def asked(self) -> list[Prompt]:
         return [Prompt(prompt, self.artifact) for prompt in self.prompts]
@@ -96,9 +100,9 @@ def _sides(setup: Setup) -> dict[str, _Side]:
     count = _prefix(setup).num_virtual_tokens
     sides = {PREFIX: _Side(served, setup.artifact, count, shared=True)}
     if setup.documents is not None:
-        sides[DOCUMENT] = _Side(
-            setup.documents, None, _mean_excess(setup.documents, served), shared=False
-        )
+        excess = _mean_excess(setup.documents, served)
+        alone = max(map(len, setup.documents)) > 2 * max(map(len, setup.chunks))
+        sides[DOCUMENT] = _Side(setup.documents, None, excess, shared=False, alone=alone)
     if setup.documents is None or list(setup.documents) != list(setup.chunks):
         sides[CHUNK] = _Side(setup.chunks, None, _mean_excess(setup.chunks, served), shared=False)
     sides[NO_DOCUMENT] = _Side(served, None, 0, shared=False)
@@ -125,23 +129,29 @@ def _divergence(setup: Setup, side: _Side) -> tuple[float, float]:
         for example, prompt in zip(setup.examples, side.prompts, strict=True)
     ]
     examples.sort(key=lambda example: example.num_tokens)
-    total, num_same, count = 0.0, 0, 0
-    for start in range(0, len(examples), setup.rows):
-        batch = make_batch(examples[start : start + setup.rows], setup.base.device)
+    total, num_same, count, rows = 0.0, 0, 0, 1 if side.alone else setup.rows
+    for start in range(0, len(examples), rows):
+        batch = make_batch(examples[start : start + rows], setup.base.device)
         logits = setup.base.logits(prefix, batch)
         total += float(setup.objective(logits, batch))
         num_same += setup.objective.num_agreements(logits, batch)
         count += len(batch.targets)
-    return total / count, 100 * num_same / count
+    # Of a distribution from itself rounding may leave a little less than nothing.
+    return max(total / count, 0.0), 100 * num_same / count
 
 
 def _answers(
     setup: Setup, sides: Mapping[str, _Side], on_progress: Progress
 ) -> dict[str, list[str]]:
-    """All conditions in one batch, as a server would run them."""
-    prompts = [prompt for side in sides.values() for prompt in side.asked()]
-    came = iter(setup.engine.generate(prompts, setup.answering, on_progress))
-    return {name: [next(came).text for _ in side.prompts] for name, side in sides.items()}
+    """Batched as a server would run them."""
+    done, total = 0, len(sides) * len(setup.examples)
+    found = {}
+    for name, side in sides.items():
+        came = setup.engine.generate(side.asked(), setup.answering, one_by_one=side.alone)
+        found[name] = [completion.text for completion in came]
+        done += len(came)
+        on_progress(done, total)
+    return found
 
 
 def _first_token_seconds(setup: Setup, sides: Mapping[str, _Side]) -> dict[str, float]:

@@ -18,9 +18,9 @@ NO_DOCUMENT: Final = "no_document"
 
 _SHOWN: Final = {
     PREFIX: "prefix",
-    DOCUMENT: "document in the prompt",
-    CHUNK: "teacher's part in the prompt",
-    NO_DOCUMENT: "no document",
+    DOCUMENT: "document",
+    CHUNK: "its part",
+    NO_DOCUMENT: "neither",
 }
 
 
@@ -71,16 +71,14 @@ class Comparison:
         """For the report."""
         found = list(self.conditions.values())
         rows = (
-            (
-                "divergence from the teacher, nats a token ↓",
-                *(f"{c.divergence:.4f}" for c in found),
-            ),
-            ("most probable token is the teacher's, % ↑", *(f"{c.same_token:.1f}" for c in found)),
-            ("greedy answer is the teacher's, % ↑", *(_shown(c.same_answer) for c in found)),
-            ("token F1 with the teacher's answer, % ↑", *(_shown(c.token_f1) for c in found)),
-            ("time to first token, ms ↓", *(f"{1000 * c.first_token_seconds:.1f}" for c in found)),
-            ("tokens before the prompt ↓", *(f"{c.num_kv_tokens:,}" for c in found)),
-            ("their K/V, bytes ↓", *(_bytes(c) for c in found)),
+            ("nats from the teacher ↓", *(f"{c.divergence:.4f}" for c in found)),
+            ("same token, % ↑", *(f"{c.same_token:.1f}" for c in found)),
+            ("same answer, % ↑", *(_shown(c.same_answer) for c in found)),
+            ("answer's token F1, % ↑", *(_shown(c.token_f1) for c in found)),
+            ("first token, ms ↓", *(f"{1000 * c.first_token_seconds:.1f}" for c in found)),
+            ("tokens before ↓", *(f"{c.num_kv_tokens:,}" for c in found)),
+            ("K/V bytes, once ↓", *(_bytes(c, shared=True) for c in found)),
+            ("K/V bytes a request ↓", *(_bytes(c, shared=False) for c in found)),
         )
         return ResultTable(
             title=f"Prefix and document on {self.num_conversations} held-out conversations",
@@ -90,9 +88,13 @@ class Comparison:
         )
 
     def _note(self) -> str:
-        told = "The teacher is the base with the part of the document that the conversation was made from in its prompt."
+        told = (
+            "The teacher is the base that has the conversation's part of the document in its prompt. Nats a token of its "
+            "answers, teacher-forced, as is the share of tokens that it finds most probable too; greedy answers beside its "
+            "greedy answers; median time of one request at a time; what stands before the prompt, and its K/V."
+        )
         if not self.document_fits:
-            told += " The whole document has more tokens than the model has positions for, so it is not compared."
+            told += " The whole document has more tokens than the model has positions for."
         return told
 
 
@@ -100,7 +102,5 @@ def _shown(value: Score) -> str:
     return f"{value.value:.1f} ± {value.standard_error:.1f}"
 
 
-def _bytes(condition: Condition) -> str:
-    if not condition.kv_bytes:
-        return "0"
-    return f"{condition.kv_bytes:,} {'once' if condition.kv_shared else 'a request'}"
+def _bytes(condition: Condition, *, shared: bool) -> str:
+    return f"{condition.kv_bytes:,}" if condition.kv_shared == shared else "0"

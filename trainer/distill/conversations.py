@@ -66,6 +66,8 @@ def read_conversations(path: Path, total: int, round_size: int) -> list[Conversa
     return found
 
 
-def _conversation(row: dict[str, Any]) -> Conversation:
+def _conversation(row: Any) -> Conversation:
+    if not isinstance(row, dict):
+        raise TypeError("expected an object")
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     return Conversation(**fields)

@@ -279,14 +279,17 @@ def _setup(
     examples = [e for e in material.held_out if isinstance(e, StudiedExample)]
     examples = examples[: config.num_compared]
     asked = [conversations[example.conversation] for example in examples]
-    documents = [framing.teacher(prepared.document.text, c.message) for c in asked]
+    documents = None
+    if plan.fits(prepared.document.num_tokens):  # else it would be encoded in vain
+        documents = [framing.teacher(prepared.document.text, c.message) for c in asked]
+        documents = documents if all(plan.fits(len(prompt)) for prompt in documents) else None
     return Setup(
         base=prepared.base,
         engine=study.engine,
         objective=objective,
         artifact=artifact,
         examples=examples,
-        documents=documents if all(plan.fits(len(prompt)) for prompt in documents) else None,
+        documents=documents,
         chunks=[c.teacher_token_ids for c in asked],
         answering=study.answering(0.0),
         rows=config.micro_batch_size or config.batch_size,
