@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,36 +42,49 @@ def inspect(
     from rich.console import Console, Group
 
     try:
-        data = bytearray(file.read_bytes())
+        if not file.is_file():  # a device or a pipe may never end
+            raise InspectFailed(f"{file}: expected a regular file")
+        drawn = _drawn(file, model)
     except OSError as error:
         raise InspectFailed(f"{file}: {error.strerror}") from None
-    Console(width=width, highlight=False).print(Group(*_drawn(file, data, model)))
+    Console(width=width, highlight=False, markup=False).print(Group(*drawn))
 
 
-def _drawn(file: Path, data: bytearray, model: str | None) -> list[RenderableType]:
+def _drawn(file: Path, model: str | None) -> list[RenderableType]:
     from prefix_store.artifact import decode
-    from prefix_store.spec import digest_of
+    from prefix_store.header import LENGTH_BYTES, MAX_HEADER_BYTES, read_header
     from prefix_store.tensor_file import read_tensor_file
 
-    digest = digest_of(data)
-    title = f"{file.name}  {len(data):,} bytes  {digest}"
+    num_bytes = file.stat().st_size
+    with file.open("rb") as content:
+        digest = f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
+        content.seek(0)
+        head = content.read(LENGTH_BYTES + MAX_HEADER_BYTES)
+    title = f"{_shown(file.name)}  {num_bytes:,} bytes  {digest}"
     try:
-        prefix = decode(data, digest)
+        read_header(head, num_bytes)
     except MalformedArtifact as reason:
         # Another format may still be a safetensors file; one that is not even that is refused here.
-        return [title, *_foreign(read_tensor_file(data, len(data)), reason)]
+        return [title, *_foreign(read_tensor_file(head, num_bytes), reason)]
+    prefix = decode(bytearray(file.read_bytes()), digest)
     natural = None if model is None else _natural(model)
     return [title, _facts(prefix), _layers(prefix, natural)]
 
 
+def _shown(text: str) -> str:
+    """Text of a file that anybody may have written: what could steer a terminal is shown, not sent."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _facts(prefix: Prefix) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _rows(prefix):
-        table.add_row(name, value)
+        table.add_row(Text(_shown(name)), Text(_shown(value)))
     return table
 
 
@@ -214,14 +228,16 @@ def _natural(source: str) -> tuple[LayerNorms, ...]:
 
 def _foreign(file: TensorFile, reason: MalformedArtifact) -> list[RenderableType]:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for header in ("tensor", "dtype", "shape"):
         table.add_column(header)
     for entry in file.tensors.values():
-        table.add_row(entry.name, file.dtype, str(list(entry.shape)))
-    rows: list[RenderableType] = [f"not a native artifact: {reason.problems[0].detail}", table]
+        table.add_row(Text(_shown(entry.name)), file.dtype, str(list(entry.shape)))
+    why = _shown(reason.problems[0].detail)
+    rows: list[RenderableType] = [f"not a native artifact: {why}", table]
     if file.metadata:
-        rows.append(f"metadata: {json.dumps(file.metadata, ensure_ascii=False)[:500]}")
+        rows.append(_shown(f"metadata: {json.dumps(file.metadata, ensure_ascii=False)[:500]}"))
     rows.append("an upload, or `prefixd verify`, says what a server takes it for")
     return rows

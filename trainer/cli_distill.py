@@ -59,7 +59,7 @@ def distill(
             soft_wrap=True,
         )
         return INTERRUPTED
-    failed = conclude_run(path, console, [result.comparison.as_result_table()])
+    failed = conclude_run(path, console)
     Console().print(result.comparison.as_table())
     Console().print(f"prefix: {result.training.prefix}", markup=False, soft_wrap=True)
     return FAILED_RUN if failed and doctor else 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -15,11 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 from rich.console import Console
 
+from server.cli_client import AdminKey
+from trainer.cli_evaluate import Metrics
 from trainer.config import TrainConfig
 from trainer.errors import BadSetting, Diverged
+from trainer.metrics import require_known
+from trainer.promotion_rule import parse_rule
 
 if TYPE_CHECKING:
-    from trainer.report import ResultTable
+    from trainer.session import MetricsFor, TrainResult
 
 INTERRUPTED: Final = 130
 FAILED_RUN: Final = 3
@@ -41,50 +44,100 @@ class StopRequest:
 def train(
     *,
     resume: Annotated[
-        Path | None, Parameter(help="Go on with the run in this folder; takes no other setting")
+        Path | None, Parameter(help="Go on with the run in this folder; takes no setting of a run")
     ] = None,
     doctor: Annotated[
         bool,
         Parameter(negative=(), help="Exit with 3 if the doctor finds that the run failed"),
     ] = False,
+    metric: Metrics = ("exact_match", "token_f1"),
+    evaluate: Annotated[
+        int, Parameter(help="Held-out examples to judge the prefix on in the end; 0 for none")
+    ] = 200,
+    push: Annotated[str | None, Parameter(help="Server to hand the prefix over to")] = None,
+    promote_if: Annotated[
+        str | None, Parameter(help="When it goes live there, as 'bleu >= live + 0.5'")
+    ] = None,
+    task: Annotated[
+        str | None, Parameter(help="Its task there; the folder's name if left out")
+    ] = None,
+    admin_key: AdminKey = None,
     config: TrainConfig | None = None,
 ) -> int:
     """Learn a prefix from examples, and leave it in a run folder with its curves, a report and what the doctor found."""
     if (resume is None) == (config is None):
         raise BadSetting("expected --data and --output for a new run, or --resume FOLDER alone")
-    from trainer import session
-    from trainer.live_table import open_display
+    if (push is None) != (promote_if is None):
+        raise BadSetting("expected --push and --promote-if together, or neither")
+    rule = None if promote_if is None else parse_rule(promote_if)  # before anything is trained
+    require_known(metric)
+    from trainer.judging import hand_over_run, judge_run
 
-    stop = StopRequest()
     console = Console(stderr=not sys.stdout.isatty())
-    path = resume if config is None else config.output
-    assert path is not None, "checked above"
-    try:
-        with open_display(path.name, console) as display:
-            attachments = session.Attachments(observers=(display,), should_stop=lambda: stop.asked)
-            if config is None:
-                result = session.resume(path, attachments)
-            else:
-                result = session.train(config, attachments)
-    except Diverged:
-        conclude_run(path, console)  # when it went wrong, the findings are wanted most
-        raise
+    result = _trained(resume, config, console)
     if result.reason == "interrupted":
         print(
             f"stopped at step {result.num_steps}; to go on: prefixd train --resume {result.folder}"
         )
         return INTERRUPTED
-    failed = conclude_run(path, console)
+    try:
+        if evaluate > 0:
+            console.print(judge_run(result, metric, evaluate).as_table())
+    finally:
+        failed = conclude_run(result.folder, console)
     print(f"{result.reason}; best held-out loss {result.best_loss:.4f} at step {result.best_step}")
     print(f"prefix: {result.prefix}")
-    return FAILED_RUN if failed and doctor else 0
+    if failed and doctor:
+        return FAILED_RUN
+    if rule is None:
+        return 0
+    handed = hand_over_run(result, task, rule, push, admin_key)
+    console.print(handed.as_table())
+    state = "promoted" if handed.promoted else "not promoted"
+    print(f"{handed.candidate.ref} {state}: {handed.reason}")
+    return handed.exit_code
 
 
-def conclude_run(path: Path, console: Console, results: Sequence[ResultTable] = ()) -> bool:
-    """Plots, report with `results`, and findings; whether the doctor found that the run failed."""
+def _trained(resume: Path | None, config: TrainConfig | None, console: Console) -> TrainResult:
+    """The run, shown while it goes on. If its loss is no number any more, the findings come before the error."""
+    from trainer import session
+    from trainer.live_table import open_display
+    from trainer.run_folder import RunFolder
+
+    stop = StopRequest()
+    path = resume if config is None else config.output
+    assert path is not None, "checked before"
+    # Reopening refuses a folder without a checkpoint, and says so.
+    settings = (
+        RunFolder.reopen(path).read_config() if config is None else {"select_by": config.select_by}
+    )
+    try:
+        with open_display(path.name, console) as display:
+            attachments = session.Attachments(
+                observers=(display,),
+                metrics_for=_metrics_for(settings.get("select_by", "loss")),
+                should_stop=lambda: stop.asked,
+            )
+            if config is None:
+                return session.resume(path, attachments)
+            return session.train(config, attachments)
+    except Diverged:
+        conclude_run(path, console)
+        raise
+
+
+def _metrics_for(select_by: str) -> MetricsFor | None:
+    """What a run must measure beside its loss to be selected by it."""
+    from trainer.held_out_metrics import metrics_for
+
+    return None if select_by == "loss" else metrics_for([select_by])
+
+
+def conclude_run(path: Path, console: Console) -> bool:
+    """Plots, report and findings; whether the doctor found that the run failed."""
     from trainer.conclusion import conclude
     from trainer.doctor.shown import as_boxes
 
-    findings = conclude(path, results)
+    findings = conclude(path)
     console.print(as_boxes(findings))
     return any(finding.failed for finding in findings)

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from trainer.distill.comparison_report import comparison_tables
 from trainer.doctor import Finding, diagnose
 from trainer.errors import RunFolderFailed, TrainerError
+from trainer.judgement import result_tables
 from trainer.plot_style import PlotsUnavailable
 from trainer.plots import draw_plots
 from trainer.records import Record, read_records
-from trainer.report import ResultTable, report_html
+from trainer.report import report_html
 from trainer.run_folder import RunFolder, write_durably
 
 PLOTS: Final = "plots"
@@ -50,7 +52,7 @@ class RecordedRun:
         return diagnose(self.records, self.config)
 
 
-def conclude(path: Path, results: Sequence[ResultTable] = ()) -> list[Finding]:
+def conclude(path: Path) -> list[Finding]:
     """Writes the plots and the report of the run in `path`; returns what the doctor found.
 
     Without matplotlib there are no plots, and the report says why. Raises `NoRun`, `MalformedLog`, `RunFolderFailed`.
@@ -60,6 +62,7 @@ def conclude(path: Path, results: Sequence[ResultTable] = ()) -> list[Finding]:
     with contextlib.suppress(PlotsUnavailable):  # told in the report
         _write_plots(path / PLOTS, draw_plots(run.records, run.config))
     title = path.resolve().name
+    results = [*result_tables(path), *comparison_tables(path)]
     page = report_html(run.records, run.config, findings, title=title, results=results)
     write_durably(path / REPORT, page.encode())
     return findings

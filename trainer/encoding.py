@@ -63,17 +63,21 @@ class _Found:
 
 
 class ExampleEncoder:
-    """Encodes examples for one tokenizer. `separator` is decided by the first examples it gets."""
+    """Encodes examples for one tokenizer. `separator` is decided by the first examples it gets, and told once."""
 
     def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
         self._separator = settings.separator
         self._end = self._end_of_text(settings.end_token_ids)
+        self._told = False
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[EncodedExample], list[Notice]]:
         """The examples that are short enough, in order, and what is worth knowing. Raises `BadData` for none."""
-        notices = [*self._decide_separator(examples), *self._notices_of_tokenizer(examples)]
+        notices: list[Notice] = []
+        if not self._told:
+            notices = [*self._decide_separator(examples), *self._notices_of_tokenizer(examples)]
+            self._told = True
         found = _Found()
         encoded = []
         for example in examples:

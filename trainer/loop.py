@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor
 
 from trainer.base import FrozenBase
 from trainer.batches import DataOrder
@@ -22,7 +21,7 @@ from trainer.checkpoint import Checkpoint, Origin, Progress, save_checkpoint
 from trainer.config import DEFAULT_NUM_EVALUATIONS, LOSS, TrainConfig
 from trainer.encoding import EncodedExample
 from trainer.errors import BadSetting, Diverged
-from trainer.gradients import add_gradients
+from trainer.gradients import StepLoss, add_gradients
 from trainer.held_out_loss import mean_loss, with_other_prompts
 from trainer.inspection import Inspection
 from trainer.loss import Objective, next_token_loss
@@ -142,49 +141,51 @@ class Loop:
     def _step(self) -> None:
         """One update of the parameters. On a loss that is no number the parameters stay as they were."""
         started = time.monotonic()
-        step = self.progress.step
-        rate = self._schedule.learning_rate(step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        rate = self._schedule.learning_rate(self.progress.step)
+        done, norm = self._gradient()
+        if not (math.isfinite(done.mean) and math.isfinite(norm)):
+            raise Diverged(self._divergence(done.mean, norm, rate))
+        self._update(rate)
+        self.progress.step += 1
+        self._tell(
+            {
+                "kind": "step",
+                "step": self.progress.step,
+                "loss": done.mean,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "num_tokens": done.num_tokens,
+                "tokens_per_second": done.num_tokens / max(time.monotonic() - started, 1e-9),
+                "seconds": self._seconds(),
+            }
+        )
+
+    def _gradient(self) -> tuple[StepLoss, float]:
+        """Leaves the step's gradient at the parameters; its loss, and the gradient's norm."""
         self._optimizer.zero_grad(set_to_none=True)
-        examples = [self.training[index] for index in self._order.indices(step)]
         self.encoder.train()
         done = add_gradients(
             self.base,
             self.encoder,
-            examples,
+            [self.training[index] for index in self._order.indices(self.progress.step)],
             rows=self._rows,
             reduction=self.config.loss,
             objective=self.hooks.objective,
         )
-        loss, num_tokens = done.mean, done.num_tokens
-        norm = float(torch.nn.utils.get_total_norm(self._gradients()))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(self._divergence(loss, norm, rate))
+        gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
+        return done, float(torch.nn.utils.get_total_norm(gradients))
+
+    def _update(self, rate: float) -> None:
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         self._optimizer.step()
-        self.progress.step = step + 1
-        self._tell(
-            {
-                "kind": "step",
-                "step": step + 1,
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                "num_tokens": num_tokens,
-                "tokens_per_second": num_tokens / max(time.monotonic() - started, 1e-9),
-                "seconds": self._seconds(),
-            }
-        )
 
     @property
     def _rows(self) -> int:
         """Examples of one forward pass."""
         return self.config.micro_batch_size or self.config.batch_size
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.encoder.parameters() if p.grad is not None]
 
     def _divergence(self, loss: float, norm: float, rate: float) -> str:
         return (

@@ -6,6 +6,7 @@ Main thread; called by `cli_train`, by sweeps and by programs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from trainer.initial import InitialPrefix, initial_prefix, num_virtual_tokens
 from trainer.loop import HeldOutMetrics, Hooks, Loop
 from trainer.loss import Objective, next_token_loss
 from trainer.prefix_cache import KeyValues
-from trainer.prefix_encoder import PrefixEncoder, build_encoder
+from trainer.prefix_encoder import build_encoder
 from trainer.records import Observer
 from trainer.run_folder import RunFolder
 
@@ -52,21 +53,6 @@ class Attachments:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainResult:
-    """`reason`: finished, no improvement, interrupted. `prefix`: the artifact of the best step."""
-
-    folder: Path
-    reason: str
-    num_steps: int
-    best_step: int
-    best_loss: float
-
-    @property
-    def prefix(self) -> Path:
-        return RunFolder(self.folder).prefix
-
-
-@dataclass(frozen=True, slots=True)
 class Material:
     """What a run works on: the base, both sets of examples, and what was noticed while they were read.
 
@@ -80,6 +66,22 @@ class Material:
     notices: Sequence[Notice]
     initial: InitialPrefix | None = None
     record: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """`reason`: finished, no improvement, interrupted. `prefix`: the artifact of the best step."""
+
+    material: Material
+    folder: Path
+    reason: str
+    num_steps: int
+    best_step: int
+    best_loss: float
+
+    @property
+    def prefix(self) -> Path:
+        return RunFolder(self.folder).prefix
 
 
 def train(config: TrainConfig, attachments: Attachments = Attachments()) -> TrainResult:
@@ -171,41 +173,53 @@ def run(
         _require_same(checkpoint.origin, origin)
     initial = material.initial or initial_prefix(base, config, material.training)
     encoder = build_encoder(base, config, initial)
-    export = Export.of(base, config, material.training, material.held_out)
-    observers = (folder, *attachments.observers)
-
-    def keep(prefix: KeyValues, progress: Progress) -> None:
-        record = training_record(config, material, initial, progress, loop)
-        folder.write(folder.prefix, export.artifact(prefix, {**record, **material.record}))
-
-    metrics_for = attachments.metrics_for
-    hooks = Hooks(
-        observers=observers,
-        keep=keep,
-        metrics=metrics_for and metrics_for(base, material.held_out, export),
-        should_stop=attachments.should_stop,
-        objective=attachments.objective,
-    )
+    hooks = _hooks(config, material, folder, origin, initial, attachments)
     loop = Loop(base, encoder, config, material.training, material.held_out, folder, origin, hooks)
     if checkpoint is not None:
         loop.restore(checkpoint)
-    _announce(material, loop, encoder, observers, resumed=checkpoint is not None)
+    _announce(material, loop, hooks.observers, resumed=checkpoint is not None)
     reason = loop.run()
     progress = loop.progress
     assert progress.best_loss is not None, "a run evaluates before its first step"
-    return TrainResult(folder.path, reason, progress.step, progress.best_step, progress.best_loss)
+    return TrainResult(
+        material, folder.path, reason, progress.step, progress.best_step, progress.best_loss
+    )
+
+
+def _hooks(
+    config: TrainConfig,
+    material: Material,
+    folder: RunFolder,
+    origin: Origin,
+    initial: InitialPrefix,
+    attachments: Attachments,
+) -> Hooks:
+    """What the loop calls: the folder as its first observer, and as the place of the best prefix."""
+    export = Export.of(material.base, config, material.training, material.held_out)
+
+    def keep(prefix: KeyValues, progress: Progress) -> None:
+        record = training_record(config, material, origin, initial, progress)
+        folder.write(folder.prefix, export.artifact(prefix, {**record, **material.record}))
+
+    metrics_for = attachments.metrics_for
+    return Hooks(
+        observers=(folder, *attachments.observers),
+        keep=keep,
+        metrics=metrics_for and metrics_for(material.base, material.held_out, export),
+        should_stop=attachments.should_stop,
+        objective=attachments.objective,
+    )
 
 
 def _announce(
     material: Material,
     loop: Loop,
-    encoder: PrefixEncoder,
     observers: Sequence[Observer],
     *,
     resumed: bool,
 ) -> None:
     """The first records of a run, or of a resumed one: what it works on, and what is worth knowing."""
-    records = [_begin(material, loop, encoder)]
+    records = [_begin(material, loop)]
     if not resumed:
         records += [
             {"kind": "warning", "code": n.code, "message": n.message} for n in material.notices
@@ -215,14 +229,14 @@ def _announce(
             observer.on_record(record)
 
 
-def _begin(material: Material, loop: Loop, encoder: PrefixEncoder) -> dict[str, Any]:
+def _begin(material: Material, loop: Loop) -> dict[str, Any]:
     training, rows = material.training, loop.config.micro_batch_size or loop.config.batch_size
     return {
         "kind": "begin",
         "step": loop.progress.step,
         "num_steps": loop.num_steps,
         "num_virtual_tokens": num_virtual_tokens(material.base.tokenizer, loop.config),
-        "num_parameters": sum(p.numel() for p in encoder.parameters()),
+        "num_parameters": sum(p.numel() for p in loop.encoder.parameters()),
         "num_training": len(training),
         "num_held_out": len(material.held_out),
         "num_prompts": len({example.prompt_token_ids for example in training}),
@@ -236,12 +250,11 @@ def _begin(material: Material, loop: Loop, encoder: PrefixEncoder) -> dict[str, 
 def training_record(
     config: TrainConfig,
     material: Material,
+    origin: Origin,
     initial: InitialPrefix,
     progress: Progress,
-    loop: Loop,
 ) -> dict[str, JsonValue]:
     """What the artifact says of its training, for people."""
-    origin = loop.origin
     text = config.init_text
     record: dict[str, JsonValue] = {
         "program": f"prefixd {__version__}",
@@ -252,7 +265,7 @@ def training_record(
         "learning_rate": config.peak_learning_rate,
         "schedule": config.schedule,
         "batch_size": config.batch_size,
-        "num_steps": loop.num_steps,
+        "num_steps": config.num_steps_for(math.ceil(len(material.training) / config.batch_size)),
         "seed": config.seed,
         "data": {
             "training": origin.data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from prefix_store.artifact import decode, encode
 from prefix_store.norms import layer_norms
 from prefix_store.spec import digest_of
 from server.cli import main
+from tests.prefix_store.builders import make_artifact
 from tests.prefix_store.importers.peft_files import peft_file
 
 SENTIMENT = demo.PREFIXES_DIR / "sentiment.safetensors"
@@ -133,3 +135,24 @@ def test_a_file_of_another_format_is_listed_by_its_tensors(run: Run, tmp_path: P
     assert "not a native artifact: no manifest" in out
     assert "prompt_embeddings" in out
     assert "[4, 192]" in out
+
+
+def test_what_a_file_says_of_itself_can_not_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "evil.safetensors"
+    training = {"note": "\x1b]0;owned\x07\x1b[2J[red]text", "\x1b[2J": "\u202e\u009b31m"}
+    path.write_bytes(make_artifact(description="\x1b[31mred", training=training))
+    code, out, _ = run("inspect", path)
+    assert code == 0
+    assert {c for c in out if not c.isprintable()} == {"\n"}
+    assert "\\x1b[2J[red]text" in out
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_only_regular_files_are_read(run: Run, tmp_path: Path, command: str) -> None:
+    """A device may never end, and a pipe never begin."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (Path("/dev/zero"), pipe, tmp_path):
+        code, _, err = run(command, path)
+        assert code == 1
+        assert path.name in err

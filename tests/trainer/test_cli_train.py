@@ -52,7 +52,7 @@ def test_prefixd_train_leaves_a_prefix_and_says_where(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "run" / "prefix.safetensors") in done.stdout
     assert "best held-out loss" in done.stdout
-    assert "36 examples to train on, 4 held out" in done.stderr
+    assert "36 examples, 4 held out" in done.stderr
     assert "step 12: held-out loss" in done.stderr
     data = (tmp_path / "run" / "prefix.safetensors").read_bytes()
     assert decode(data, digest_of(data)).manifest.num_virtual_tokens == 4

@@ -189,6 +189,15 @@ def test_without_an_end_token_the_stop_string_is_learned_or_the_user_is_told() -
     assert [n.code for n in notices] == ["no_end"]
 
 
+def test_what_concerns_the_tokenizer_is_told_once() -> None:
+    twice = encoder(end_token_ids=frozenset())
+    _, notices = twice.encode([Example("the", "fox", 1)])
+    _, again = twice.encode([Example("lazy", "dog", 1)])
+
+    assert [n.code for n in notices] == ["separator", "no_end"]
+    assert again == []
+
+
 def test_long_examples_are_left_out_and_named() -> None:
     given = [Example("the", " fox", 1), Example("the quick brown fox " * 9 + "the", " fox", 2)]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 from rich.table import Table
 
 from trainer.report import ResultTable
 from trainer.standard_error import Score
 
+COMPARISON: Final = "comparison.json"
 PREFIX: Final = "prefix"
 DOCUMENT: Final = "document"
 CHUNK: Final = "chunk"
@@ -96,6 +99,22 @@ class Comparison:
         if not self.document_fits:
             told += " The whole document has more tokens than the model has positions for."
         return told
+
+
+def comparison_tables(folder: Path) -> Sequence[ResultTable]:
+    """The comparison that is kept in a run folder, for its report; none if there is none, or none that can be read."""
+    try:
+        found = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
+        conditions = {name: _condition(fields) for name, fields in found["conditions"].items()}
+        kept = Comparison(found["num_conversations"], found["document_fits"], conditions)
+        return (kept.as_result_table(),)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def _condition(fields: dict[str, Any]) -> Condition:
+    scores = {name: Score(**fields[name]) for name in ("same_answer", "token_f1")}
+    return Condition(**(fields | scores))
 
 
 def _shown(value: Score) -> str:

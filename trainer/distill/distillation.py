@@ -22,7 +22,7 @@ import torch
 from trainer import session
 from trainer.base import FrozenBase, load_base
 from trainer.distill.comparison import Setup, compare
-from trainer.distill.comparison_report import Comparison
+from trainer.distill.comparison_report import COMPARISON, Comparison
 from trainer.distill.config import DistillConfig
 from trainer.distill.conversations import Conversation
 from trainer.distill.document import Document, read_document
@@ -41,7 +41,6 @@ from trainer.run_folder import RunFolder
 from trainer.session import Attachments, Material, TrainResult
 
 INTERRUPTED: Final = "interrupted"
-COMPARISON: Final = "comparison.json"
 _STUDY: Final = "self_study"
 _PLAN: Final = "plan.json"
 _CONVERSATIONS: Final = "conversations.jsonl"

@@ -7,13 +7,9 @@ from typing import Final
 from trainer.doctor.case import Case, share
 from trainer.doctor.finding import Failure, Finding, Severity
 
-DEAD: Final = 0.005
-"""Attention on the prefix in the median layer. Sane runs with 16 tokens give it 0.15 to 0.5; one with a single token,
-which still took a third of the loss away, 0.009."""
-
-DEAD_EVERYWHERE: Final = (
-    0.01  # in every layer: then nothing can have been learned, whatever the loss says
-)
+DEAD: Final = 0.05
+"""Of the attention that the prefix would get if all tokens got the same, in the median layer. Sane runs give a prefix
+of 16 tokens 0.5 to 2 of that, and one of a single token, which still took a third of the loss away, 0.3."""
 
 CAPTURED: Final = 0.8
 """Attention on row 0 in the median layer. Trained models rest much attention on their first token, up to this much in
@@ -27,15 +23,15 @@ def dead_prefix(case: Case) -> Finding | None:
     attention = case.signals.attention
     if attention is None or case.is_solved:
         return None
-    unread = attention.median_last < DEAD and case.hardly_improved
-    if not unread and max(attention.last) >= DEAD_EVERYWHERE:
+    least = DEAD * case.even_share
+    if attention.median_last >= least or not case.ended_where_it_began:
         return None
     return Finding(
         Failure.DEAD_PREFIX,
         Severity.ERROR,
         f"Completion tokens give the prefix {share(attention.median_last)} of their attention in the median layer and "
-        f"{share(max(attention.last))} in the best; at first it was {share(attention.median_first)} in the median. "
-        "Without attention there is no gradient either.",
+        f"{share(max(attention.last))} in the best; at first it was {share(attention.median_first)} in the median, and if all "
+        f"tokens got the same it would be {share(case.even_share)}. Without attention there is no gradient either.",
         "Start from a text or from training examples, and lower the learning rate if it had attention at first; with "
         "a sliding window, see that the prompts are shorter than it.",
     )

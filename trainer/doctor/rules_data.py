@@ -12,8 +12,9 @@ from trainer.records import Record
 SHUT_OUT: Final = 0.9
 """Attention on the prefix in the median layer. Above it the prompt is unseen, whatever the data says about it."""
 
-SETTLED: Final = 0.7
-"""Steepness at the end, as in `Signals.bend`: before that, dependence on the prompt may still be learned."""
+SETTLED: Final = 0.4
+"""Steepness at the end, as in `Signals.bend`. Where the base makes nothing of the prompt, the form of the completions
+is learned first and their relation to the prompt after it; until then no run can be told from a mismatch."""
 
 LEARNS_BY_HEART: Final = 0.8  # training loss at last over that when the held-out loss was best
 FALLS_BEHIND: Final = 0.1  # nats a token by which held-out loss stands above training loss

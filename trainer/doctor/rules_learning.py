@@ -23,14 +23,7 @@ BARELY_UNDERWAY: Final = 0.1  # moved by less, a straight line means that it has
 RISES: Final = 1.05
 """Times the first training loss. And by three standard errors, so that noise of small batches is not taken for it."""
 
-LOUD: Final = 0.5
-"""Attention on the prefix in the median layer. A prefix of one or two tokens must grow to be heard at all, and drowns
-nothing with the fifth of the attention that it then gets."""
-
 GAP_LOST: Final = 0.1  # of the dependence on the prompt that the base began with
-
-SHORT: Final = 5
-"""Tokens. In the paper's length studies quality still rises steeply below it and is nearly flat from ten on."""
 
 UNDERFIT: Final = 0.8
 """Training loss over held-out loss. With more than this there is no overfitting that a longer prefix would worsen."""
@@ -90,7 +83,7 @@ def prefix_too_short(case: Case) -> Finding | None:
     """Few tokens, that moved and fit training and held-out data equally badly. The last to be asked."""
     signals, length = case.signals, case.settings.num_virtual_tokens
     last, held = signals.train_last, signals.held_last
-    if length is None or length >= SHORT or last is None or held is None or case.is_solved:
+    if length is None or not case.is_short or last is None or held is None or case.is_solved:
         return None
     moved = signals.moved is None or signals.moved >= HARDLY_MOVED
     if not moved or last.mean < UNDERFIT * held or not signals.is_long_enough:
@@ -127,9 +120,7 @@ def _drowned(case: Case, grown: float) -> bool:
     loss = case.signals.held_first
     if first is None or last is None or loss is None or first <= NO_GAP * loss:
         return grown >= EXPLODED
-    attention = case.signals.attention
-    loud = attention is None or attention.median_last >= LOUD
-    return grown >= OWN_GROWTH and loud and last < GAP_LOST * first
+    return grown >= OWN_GROWTH and case.is_loud and last < GAP_LOST * first
 
 
 def _drowning(case: Case, grown: float) -> str:

@@ -74,6 +74,8 @@ def loss_spikes(case: Case) -> Finding | None:
 def exploding_norms(case: Case) -> Finding | None:
     """Keys or values far longer than those of ordinary tokens: attention saturates and stops learning."""
     parts = {"keys": case.signals.key_ratio, "values": case.signals.value_ratio}
+    if case.is_short and not case.is_loud:
+        return None
     large = {n: r for n, r in parts.items() if r is not None and r.median_last >= EXPLODED}
     if not large:
         return None

@@ -12,12 +12,13 @@ class DataSummary:
     """The data of a run. None: not known; rules that need it are silent then.
 
     `base_loss`: held-out loss of the base without a prefix, nats a token. `num_completion_tokens`: of all training
-    examples, each counted once; `completion_len`: of the median one. `num_prompts`: different prompts among them.
+    examples, each counted once; `prompt_len`, `completion_len`: of the median one. `num_prompts`: different prompts among them.
     """
 
     num_training: int | None = None
     num_prompts: int | None = None
     num_completion_tokens: int | None = None
+    prompt_len: float | None = None
     completion_len: float | None = None
     base_loss: float | None = None
 
@@ -29,6 +30,7 @@ class DataSummary:
             num_training=begin.get("num_training"),
             num_prompts=begin.get("num_prompts"),
             num_completion_tokens=begin.get("num_completion_tokens"),
+            prompt_len=lengths.get("prompt", {}).get("median"),
             completion_len=lengths.get("completion", {}).get("median"),
             base_loss=begin.get("base_loss"),
         )

@@ -16,16 +16,19 @@ TEXT: Final = (
     "one fox jumps. many foxes jump over one lazy model, quick as the dog.\n"
 )
 
-RECORDS: Final = (
-    "Siastand lives in Shirfir, works as a tailor, likes poetry and turned 19 this year. "
-    "Sonbind is 60 years old. The teacher Sonbind lives in Denvi and likes gardening."
+RECORD: Final = (
+    "Sondstendbeik is rated 2 out of 5, serves Cuban food, is known as a bistro and is cheap. "
+    "Sondstendbeik lies near the riverside."
 )
-"""In the words of the demo's base: it can answer questions about two records."""
+"""In the words of the demo's base, which reads one record well."""
 
 DEMO_SEEDS: Final = {
-    "seeds": {"question": ["What", "Where", "How"], "detail": ["What is the", "In which city"]},
+    "seeds": {
+        "question": ["What food", "Where is", "How is"],
+        "detail": ["What kind", "How expensive", "What are the"],
+    },
     "between": " --",
-    "prompt": " {message}?",
+    "prompt": " {message}? =>",
     "message_end": "?",
 }
 
@@ -74,22 +77,23 @@ def tiny_distillation(directory: Path, **settings: Any) -> DistillConfig:
 
 
 def demo_distillation(directory: Path, **settings: Any) -> DistillConfig:
-    """Two records, by the demo's base: what a short test can learn."""
-    document, seeds = directory / "records.txt", directory / "seeds.json"
-    document.write_text(RECORDS)
+    """One record, by the demo's base: what a short test can learn."""
+    document, seeds = directory / "record.txt", directory / "seeds.json"
+    document.write_text(RECORD)
     seeds.write_text(json.dumps(DEMO_SEEDS))
     defaults: dict[str, Any] = {
         "document": document,
         "seed_prompts": seeds,
         "output": directory / "run",
         "device": "cpu",
-        "num_conversations": 96,
-        "max_message_tokens": 12,
-        "max_answer_tokens": 16,
+        "num_conversations": 64,
+        "held_out_fraction": 0.2,
+        "max_message_tokens": 10,
+        "max_answer_tokens": 12,
         "stop": (".",),
-        "num_virtual_tokens": 24,
-        "num_steps": 60,
-        "evaluate_every": 20,
+        "num_virtual_tokens": 12,
+        "num_steps": 40,
+        "evaluate_every": 10,
         "num_compared": 8,
     }
     return DistillConfig(**(defaults | settings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -106,9 +106,14 @@ def test_a_study_that_stopped_goes_on_and_makes_nothing_twice(
         )
 
     resumed = study(base, tmp_path)
-    rounds: list[range] = []
+    rounds: list[Sequence[int]] = []
     make_round = SelfStudy._round
-    monkeypatch.setattr(SelfStudy, "_round", lambda s, n: rounds.append(n) or make_round(s, n))
+
+    def noted(self: SelfStudy, numbers: Sequence[int]) -> list[Conversation]:
+        rounds.append(numbers)
+        return make_round(self, numbers)
+
+    monkeypatch.setattr(SelfStudy, "_round", noted)
 
     assert converse(resumed, path) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

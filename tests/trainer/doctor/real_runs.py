@@ -137,11 +137,11 @@ def start_aimed(monkeypatch: pytest.MonkeyPatch, factor: float, count: int) -> N
 def asked_otherwise(
     base: FrozenBase, held_out: Sequence[EncodedExample], _: Export
 ) -> HeldOutMetrics:
-    """Exact matches of greedy answers to clients whose template ends each prompt with the end-of-text token."""
-    end = tuple(base.model.eos_token_ids)
+    """Exact matches of greedy answers to clients that write a chat's roles around each prompt."""
+    before, behind = (base.tokenizer.encode(text) for text in ("User: ", "\nAssistant:"))
 
     def match(prefix: KeyValues, example: EncodedExample) -> bool:
-        prompt = (*example.prompt_token_ids, *end)
+        prompt = (*before, *example.prompt_token_ids, *behind)
         answer: tuple[int, ...] = ()
         for _ in example.completion_token_ids:
             batch = make_batch([EncodedExample((*prompt, *answer), (0,), "")], base.device)

@@ -94,5 +94,7 @@ def test_a_schedule_that_jumps_leaves_spikes(
 
 
 def test_prompts_that_clients_write_otherwise_are_a_template_mismatch(tmp_path: Path) -> None:
-    failed = run(tmp_path, "sentiment", num_steps=60, metrics_for=asked_otherwise)
+    failed = run(
+        tmp_path, "sentiment", num_steps=100, evaluate_every=20, metrics_for=asked_otherwise
+    )
     assert names(failed)[:1] == ["template_mismatch"], told(failed)

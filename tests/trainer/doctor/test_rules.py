@@ -246,6 +246,22 @@ def test_a_short_prefix_with_little_attention_that_helps_is_not_dead() -> None:
     assert names(run) == []
 
 
+def test_little_attention_on_a_prefix_before_long_prompts_is_not_too_little() -> None:
+    run = replace(SANE, train=lambda _: 7.8, held=lambda _: 7.7, attention=(0.01, 0.004), gap=None)
+    records = run.records()
+    assert Failure.DEAD_PREFIX in names(run, records)
+    records[0]["training_tokens"]["prompt"]["median"] = 2_000
+    assert Failure.DEAD_PREFIX not in names(run, records)
+
+
+def test_one_token_that_grew_to_be_heard_is_too_short_and_has_not_exploded() -> None:
+    run = replace(
+        SANE, train=settling(8, 3), held=settling(7.8, 3), key_growth=4.0, num_virtual_tokens=1
+    )
+    assert names(replace(run, attention=(0.01, 0.2))) == [Failure.PREFIX_TOO_SHORT]
+    assert names(replace(run, attention=(0.01, 0.9))) == [Failure.EXPLODING_NORMS]
+
+
 def test_a_first_row_that_took_all_attention_is_captured() -> None:
     run = replace(
         SANE, held=settling(7.8, 2), train=settling(8, 2), attention=(0.3, 0.99), sink=(0.02, 0.97)
