@@ -75,6 +75,7 @@ def test_resume_goes_on_and_takes_no_other_setting(
         (["--document", "x.txt"], 2, "output"),
         (["--document", "x.txt", "--output", "run", "--data", "x.jsonl"], 2, "--data"),
         (["--document", "x.txt", "--output", "run", "--init", "text"], 2, "--init"),
+        (["--document", "x.txt", "--output", "run", "--select-by", "bleu"], 2, "--select-by"),
         (["--document", "x.txt", "--output", "run", "--top-k", "0"], 2, "top_k"),
         (["--document", "missing.txt", "--output", "run"], 1, "No such file"),
         (["--resume", "missing"], 1, "no distillation"),

@@ -6,7 +6,7 @@ Each field is a flag. Built by `cli_distill` or by a program; loads nothing heav
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from cyclopts import Group, Parameter
 from pydantic import Field, model_validator
@@ -72,6 +72,7 @@ class DistillConfig(TrainConfig):
     max_length: Annotated[None, _DECIDED] = None
     init: Annotated[InitKind | None, _DECIDED] = None
     init_text: Annotated[None, _DECIDED] = None
+    select_by: Annotated[Literal["loss"], _DECIDED] = "loss"
 
     num_virtual_tokens: Annotated[int | None, Parameter(group=_PREFIX)] = Field(
         default=None,
