@@ -27,7 +27,14 @@ from server.cli_convert import convert_app
 from server.cli_inspect import inspect_app
 from server.cli_report import shown
 from server.cli_tasks import tasks_app
-from server.cli_train import doctor_app, evaluate_app, hand_over_app, sweep_app, train_app
+from server.cli_train import (
+    distill_app,
+    doctor_app,
+    evaluate_app,
+    hand_over_app,
+    sweep_app,
+    train_app,
+)
 from server.cli_verify import verify_app
 from server.config import ServeConfig, check_exposure
 from server.errors import ConfigError, GenerationFailed, PrefixdError
@@ -63,6 +70,7 @@ app.command(audit_app)
 app.command(convert_app)
 app.command(train_app)
 app.command(sweep_app)
+app.command(distill_app)
 app.command(doctor_app)
 app.command(inspect_app)
 app.command(verify_app)

@@ -1,4 +1,4 @@
-"""`prefixd train`, `sweep`, `doctor`, `evaluate` and `hand-over`: become the trainer, which the server never loads.
+"""`prefixd train`, `sweep`, `distill`, `doctor`, `evaluate`, `hand-over`: become the trainer, which the server never loads.
 
 What follows the command is the trainer's, `--help` included.
 """
@@ -31,6 +31,9 @@ def _trainer_app(name: str, text: str) -> App:
 train_app = _trainer_app("train", "Learn the prefix of a task from examples.")
 sweep_app = _trainer_app(
     "sweep", "Train a prefix for each of many settings, and pick the smallest that is good enough."
+)
+distill_app = _trainer_app(
+    "distill", "Learn a prefix that stands for a long document, from the base itself."
 )
 evaluate_app = _trainer_app(
     "evaluate", "Judge a prefix on held-out examples, beside the bare model and a text prompt."

@@ -1,4 +1,4 @@
-"""`python -m trainer`: what `prefixd train`, `sweep`, `evaluate`, `hand-over` and `doctor` become."""
+"""`python -m trainer`: what `prefixd train`, `sweep`, `distill`, `evaluate`, `hand-over` and `doctor` become."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from prefix_store.errors import PrefixStoreError
 from server.errors import ConfigError, PrefixdError
+from trainer.cli_distill import distill
 from trainer.cli_doctor import doctor
 from trainer.cli_evaluate import evaluate, hand_over
 from trainer.cli_sweep import sweep
@@ -25,6 +26,7 @@ INTERRUPTED: Final = 130
 app = App(name="prefixd", help="Learn prefixes, and judge them.", version_flags=())
 app.command(train)
 app.command(sweep)
+app.command(distill)
 app.command(evaluate)
 app.command(hand_over)
 app.command(doctor)

@@ -84,7 +84,7 @@ def train(
         if evaluate > 0:
             console.print(judge_run(result, metric, evaluate).as_table())
     finally:
-        failed = _conclude(result.folder, console)
+        failed = conclude_run(result.folder, console)
     print(f"{result.reason}; best held-out loss {result.best_loss:.4f} at step {result.best_step}")
     print(f"prefix: {result.prefix}")
     if failed and doctor:
@@ -122,7 +122,7 @@ def _trained(resume: Path | None, config: TrainConfig | None, console: Console) 
                 return session.resume(path, attachments)
             return session.train(config, attachments)
     except Diverged:
-        _conclude(path, console)
+        conclude_run(path, console)
         raise
 
 
@@ -133,7 +133,7 @@ def _metrics_for(select_by: str) -> MetricsFor | None:
     return None if select_by == "loss" else metrics_for([select_by])
 
 
-def _conclude(path: Path, console: Console) -> bool:
+def conclude_run(path: Path, console: Console) -> bool:
     """Plots, report and findings; whether the doctor found that the run failed."""
     from trainer.conclusion import conclude
     from trainer.doctor.shown import as_boxes

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from trainer.distill.comparison_report import comparison_tables
 from trainer.doctor import Finding, diagnose
 from trainer.errors import RunFolderFailed, TrainerError
 from trainer.judgement import result_tables
@@ -61,7 +62,8 @@ def conclude(path: Path) -> list[Finding]:
     with contextlib.suppress(PlotsUnavailable):  # told in the report
         _write_plots(path / PLOTS, draw_plots(run.records, run.config))
     title = path.resolve().name
-    page = report_html(run.records, run.config, findings, title=title, results=result_tables(path))
+    results = [*result_tables(path), *comparison_tables(path)]
+    page = report_html(run.records, run.config, findings, title=title, results=results)
     write_durably(path / REPORT, page.encode())
     return findings
 

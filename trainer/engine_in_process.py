@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -57,19 +57,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is continued. `artifact`: bytes of the prefix before it; None for the bare base model."""
+    """What is continued. `artifact`: bytes of the prefix before it; None for the bare base model. `seed`: its own."""
 
     token_ids: tuple[int, ...]
     artifact: bytes | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came. `token_ids` hold the token that ended it, which has no text."""
+    """What came. `token_ids` hold the token that ended it, which has no text.
+
+    `first_token_seconds`: since it was submitted, waiting included.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    first_token_seconds: float = field(compare=False)
 
 
 class EngineInProcess:
@@ -101,8 +106,12 @@ class EngineInProcess:
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
         on_progress: Progress | None = None,
+        *,
+        one_by_one: bool = False,
     ) -> list[Completion]:
         """One completion for each prompt, in their order, batched as the server batches.
+
+        `one_by_one`: each is alone in the engine, and prefixes stay resident from one to the next: for timing.
 
         Raises `PrefixRejected` for an artifact that a server would refuse, `TrainerError` for a prompt that does not
         fit (it says which), `GenerationFailed` when a row failed.
@@ -111,17 +120,19 @@ class EngineInProcess:
         if not prompts:
             return []
         with self._published(prompts) as refs, own_attention(self._model):
-            engine = self._engine(prompts, sampling, refs)
+            together = 1 if one_by_one else self._max_num_seqs
+            engine = self._engine(prompts, sampling, refs, together)
             requests = [
                 GenerationRequest(
                     request_id=str(index),
                     prompt_token_ids=prompt.token_ids,
-                    sampling=sampling,
+                    sampling=_seeded(sampling, prompt.seed),
                     prefix=None if prompt.artifact is None else refs[prompt.artifact],
                 )
                 for index, prompt in enumerate(prompts)
             ]
-            return asyncio.run(_generate(engine, requests, 2 * self._max_num_seqs, on_progress))
+            in_flight = 1 if one_by_one else 2 * together
+            return asyncio.run(_generate(engine, requests, in_flight, on_progress))
 
     def token_losses(self, artifact: bytes | None, texts: Sequence[TextToScore]) -> list[Tensor]:
         """Nats of each target token of each text behind the same prefix, as `likelihood.token_losses` gives them.
@@ -150,11 +161,15 @@ class EngineInProcess:
                 self._store.free(digest)
 
     def _engine(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, refs: dict[bytes, PrefixRef]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        refs: dict[bytes, PrefixRef],
+        together: int,
     ) -> AsyncEngine:
-        """An engine whose pool holds what these prompts need and no more: the trainer has memory of its own."""
+        """An engine whose pool holds what `together` of these prompts need and no more: the trainer has memory of its own."""
         longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_tokens
-        num_own = min(self._max_num_seqs, len(prompts)) * -(-longest // _BLOCK_SIZE)
+        num_own = min(together, len(prompts)) * -(-longest // _BLOCK_SIZE)
         num_prefix = sum(-(-ref.num_virtual_tokens // _BLOCK_SIZE) for ref in refs.values())
         # Not `ServeConfig(...)`: variables and files that configure a server must not change an evaluation.
         config = ServeConfig.model_construct(
@@ -196,6 +211,10 @@ def own_attention(model: LoadedModel) -> Iterator[None]:
             yield
     finally:
         module.set_attn_implementation(before)
+
+
+def _seeded(sampling: SamplingParams, seed: int | None) -> SamplingParams:
+    return sampling if seed is None else replace(sampling, seed=seed)
 
 
 class _Unobserved:
@@ -246,11 +265,14 @@ async def _complete(engine: AsyncEngine, request: GenerationRequest) -> Completi
         raise TrainerError(f"prompt {number}: {error}") from error
     text, token_ids = "", list[int]()
     reason: FinishReason | None = None
+    first_token_seconds: float | None = None
     async for output in stream:
         if output.error is not None:
             raise GenerationFailed(f"prompt {number}: {output.error}")
         text += output.text
         token_ids += output.token_ids
         reason = output.finish_reason
+        first_token_seconds = output.timings.first_token_seconds
     assert reason is not None, "a stream ends with a finish reason"
-    return Completion(text, tuple(token_ids), reason)
+    assert first_token_seconds is not None, "a stream that did not fail has a first token"
+    return Completion(text, tuple(token_ids), reason, first_token_seconds)

@@ -72,11 +72,13 @@ class RunFolder:
         folder = cls(path)
         if not folder.checkpoint.is_file():
             raise CannotResume(f"{path} holds no checkpoint to go on from")
-        with _translated(folder.log):
-            if folder.log.exists():
-                data = folder.log.read_bytes()
-                os.truncate(folder.log, data.rfind(b"\n") + 1)
+        folder.mend_log()
         return folder
+
+    def mend_log(self) -> None:
+        """Cuts off what a killed run left of its last line."""
+        if self.log.exists():
+            cut_torn_line(self.log)
 
     def read_config(self) -> dict[str, Any]:
         """The settings that the run began with. Raises `CannotResume`."""
@@ -112,6 +114,31 @@ def write_durably(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 staged.unlink(missing_ok=True)
             raise
+
+
+def append_durably(path: Path, data: bytes) -> None:
+    """`data` behind what the file holds, and there to stay when this returns. Raises `RunFolderFailed`.
+
+    After a crash the last line may be torn: `cut_torn_line`.
+    """
+    with _translated(path):
+        with path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_dir(path.parent)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Ends the file behind its last whole line. Raises `RunFolderFailed`."""
+    with _translated(path):
+        truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def truncate(path: Path, num_bytes: int) -> None:
+    """Keeps the first `num_bytes` of a file. Raises `RunFolderFailed`."""
+    with _translated(path):
+        os.truncate(path, num_bytes)
 
 
 def _sync_dir(path: Path) -> None:

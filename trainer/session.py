@@ -7,8 +7,8 @@ Main thread; called by `cli_train`, by sweeps and by programs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,18 @@ class Attachments:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a run works on: the base, both sets of examples, and what was noticed while they were read."""
+    """What a run works on: the base, both sets of examples, and what was noticed while they were read.
+
+    `initial`: what the prefix begins as, if not what the settings say. `record`: entries of the artifact's training record
+    beside, or in place of, those that follow from the settings.
+    """
 
     base: FrozenBase
-    training: list[EncodedExample]
-    held_out: list[EncodedExample]
-    notices: list[Notice]
+    training: Sequence[EncodedExample]
+    held_out: Sequence[EncodedExample]
+    notices: Sequence[Notice]
+    initial: InitialPrefix | None = None
+    record: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ def train(
     config = absolute(config)
     material = material or gather(config)
     folder = RunFolder.create(config.output, config.model_dump(mode="json"))
-    return _run(config, material, folder, None, attachments)
+    return run(config, material, folder, None, attachments)
 
 
 def resume(
@@ -102,9 +108,7 @@ def resume(
     folder = RunFolder.reopen(path)
     config = TrainConfig(**folder.read_config()).model_copy(update={"output": path})
     material = material or gather(config)
-    checkpoint = load_checkpoint(folder.checkpoint, material.base.device)
-    require_same(checkpoint.origin, origin_of(config, material.base))
-    return _run(config, material, folder, checkpoint, attachments)
+    return run(config, material, folder, folder.checkpoint, attachments)
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
@@ -172,17 +176,21 @@ def encoding_settings(config: TrainConfig, base: FrozenBase) -> EncodingSettings
     )
 
 
-def _run(
+def run(
     config: TrainConfig,
     material: Material,
     folder: RunFolder,
-    checkpoint: Checkpoint | None,
+    checkpoint_file: Path | None,
     attachments: Attachments,
 ) -> TrainResult:
-    base = material.base
-    initial = initial_prefix(base, config, material.training)
+    """Trains on what was gathered, from the checkpoint if there is one. Raises `CannotResume` if it is of another run."""
+    base, origin = material.base, origin_of(config, material.base)
+    checkpoint: Checkpoint | None = None
+    if checkpoint_file is not None:
+        checkpoint = load_checkpoint(checkpoint_file, base.device)
+        require_same(checkpoint.origin, origin)
+    initial = material.initial or initial_prefix(base, config, material.training)
     encoder = build_encoder(base, config, initial)
-    origin = origin_of(config, base)
     hooks = _hooks(config, material, folder, origin, initial, attachments)
     loop = Loop(base, encoder, config, material.training, material.held_out, folder, origin, hooks)
     if checkpoint is not None:
@@ -209,7 +217,7 @@ def _hooks(
 
     def keep(prefix: KeyValues, progress: Progress) -> None:
         record = training_record(config, material, origin, initial, progress)
-        folder.write(folder.prefix, export.artifact(prefix, record))
+        folder.write(folder.prefix, export.artifact(prefix, {**record, **material.record}))
 
     metrics_for = attachments.metrics_for
     return Hooks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -179,3 +180,32 @@ def test_a_base_that_the_caller_knows_is_not_read_again(
 ) -> None:
     known = dataclasses.replace(demo_engine.base, model_id="known")
     assert EngineInProcess(demo_model, demo_tokenizer, base=known).base is known
+
+
+def test_each_prompt_may_have_a_seed_of_its_own(
+    demo_engine: EngineInProcess, demo_tokenizer: Tokenizer
+) -> None:
+    ids = demo_tokenizer.encode("Lomu is")
+    sampling = SamplingParams(max_tokens=12, temperature=1.5)
+    seeds = [1, 2, 1, 3]
+
+    found = demo_engine.generate([Prompt(ids, seed=seed) for seed in seeds], sampling)
+
+    assert found[0].token_ids == found[2].token_ids
+    assert len({completion.token_ids for completion in found}) == 3
+
+
+def test_one_by_one_no_prompt_waits_for_another(
+    demo_engine: EngineInProcess, demo_tokenizer: Tokenizer
+) -> None:
+    prompts = sample_prompts(demo_tokenizer) * 2
+
+    began = time.monotonic()
+    alone = demo_engine.generate(prompts, GREEDY, one_by_one=True)
+    took = time.monotonic() - began
+
+    together = demo_engine.generate(prompts, GREEDY)
+    assert [c.text for c in alone] == [c.text for c in together]
+    assert all(completion.first_token_seconds > 0 for completion in alone)
+    # Had all been submitted at the beginning, the waits would add up to a multiple of the whole.
+    assert sum(completion.first_token_seconds for completion in alone) < took
