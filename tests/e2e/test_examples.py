@@ -22,8 +22,6 @@ WALK = ROOT / "examples" / "csv-to-served-task"
 README = (WALK / "README.md").read_text()
 ADMIN_KEY = "choose-a-long-one"
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
@@ -48,6 +46,7 @@ def shortened(script: str, name: str, count: int, directory: Path) -> str:
     return script.replace(whole, str(directory / name))
 
 
+@pytest.mark.slow
 def test_the_walk_through_from_a_csv_to_a_served_task_runs(
     server: LiveServer, tmp_path: Path
 ) -> None:

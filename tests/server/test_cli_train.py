@@ -15,7 +15,7 @@ class Replaced(BaseException):
     """This process is another program now."""
 
 
-@pytest.mark.parametrize("command", ["evaluate", "hand-over"])
+@pytest.mark.parametrize("command", ["train", "sweep", "doctor", "evaluate", "hand-over"])
 def test_all_arguments_go_to_the_trainer(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[tuple[str, list[str]]] = []
 

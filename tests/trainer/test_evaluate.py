@@ -25,6 +25,7 @@ from trainer.evaluate import (
     GeneralText,
     evaluate,
     generated_metrics,
+    generated_scores,
     text_windows,
     with_text,
 )
@@ -187,6 +188,8 @@ def test_metrics_for_early_stopping_are_those_of_the_evaluation(
     examples = held_out(demo_tokenizer, task, 12)
     found = generated_metrics(demo_engine, bundled(task), examples, names)
     assert found == {name: evaluation.conditions[PREFIX].scores[name].value for name in names}
+    with_errors = generated_scores(demo_engine, bundled(task), examples, names)
+    assert with_errors == {name: evaluation.conditions[PREFIX].scores[name] for name in names}
 
 
 def test_nothing_to_evaluate_on_is_refused(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 import statistics
+from collections.abc import Callable
 
 import pytest
 
@@ -97,10 +99,7 @@ def test_an_error_that_is_no_number_lets_the_best_itself_be_picked() -> None:
 
 def oracle(found: list[Outcome], by: str) -> Setting | None:
     """The sentence of the rule, word for word, over all settings and lengths."""
-
-    def better(a: float, b: float) -> bool:
-        return a < b if by == "loss" else a > b
-
+    better: Callable[[float, float], bool] = operator.lt if by == "loss" else operator.gt
     means: dict[Setting, float] = {}
     errors: dict[Setting, float] = {}
     for one in {outcome.setting for outcome in found}:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from prefix_store.artifact import decode, digest_of
 from tests.trainer.runs import small_run, write_examples
 from tests.trainer.sweep.sweeps import Watcher, small_sweep
 from trainer import base as base_module
@@ -25,6 +26,13 @@ from trainer.sweep import plan
 from trainer.sweep.runs import SweepResult, sweep
 
 pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+def key_values(path: Path) -> KeyValues:
+    """Of a stored prefix."""
+    data = path.read_bytes()
+    prefix = decode(data, digest_of(data))
+    return KeyValues(prefix.keys, prefix.values)
 
 
 def folders(result: SweepResult) -> list[Path]:
@@ -87,18 +95,10 @@ def test_scores_are_those_of_the_stored_prefix_on_the_held_out_examples_alone(
         end = next(record for record in log if record["kind"] == "end")
         assert outcome.scores["loss"].value == pytest.approx(end["best_loss"], abs=1e-6)
         assert outcome.best_step == end["best_step"]
-        data = RunFolder(result.folder / "runs" / outcome.name).prefix.read_bytes()
-        kept = plan_decode(data)
+        kept = key_values(RunFolder(result.folder / "runs" / outcome.name).prefix)
         again = mean_loss(material.base, kept, material.held_out, 4, next_token_loss)
         assert outcome.scores["loss"].value == pytest.approx(again, abs=1e-6)
         assert outcome.scores["loss"].standard_error > 0
-
-
-def plan_decode(data: bytes) -> KeyValues:
-    from prefix_store.artifact import decode, digest_of
-
-    prefix = decode(data, digest_of(data))
-    return KeyValues(prefix.keys, prefix.values)
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
