@@ -70,9 +70,11 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """`reason`: finished, no improvement, interrupted. `prefix`: the artifact of the best step."""
+    """`reason`: finished, no improvement, interrupted. `prefix`: the artifact of the best step. Equal results have
+    the same outcome; the material is for whoever goes on with it.
+    """
 
-    material: Material
+    material: Material = field(repr=False, compare=False)
     folder: Path
     reason: str
     num_steps: int
