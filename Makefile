@@ -30,8 +30,9 @@ demo: .venv/.runtime ## serve the bundled model and tasks; DEMO_ONCE=1 exits aft
 serve: .venv/.runtime ## start the server; ARGS="--model DIR_OR_HUB_ID" for your own model
 	@exec $(BIN)/prefixd serve $(ARGS)
 
-test: .venv/.dev ## run the tests; ARGS="-k scheduler" for some of them
-	$(BIN)/pytest -q $(ARGS)
+# A process a core, each with one thread for torch: most tests wait or compute little. A file stays in one process.
+test: .venv/.dev ## run the tests; ARGS="-k scheduler" for some of them, "-n 0" for one process
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile --durations 15 $(ARGS)
 
 check: .venv/.dev ## lint, format, types, import contracts: all that is quick and runs nothing
 	$(BIN)/ruff check .

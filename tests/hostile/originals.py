@@ -56,7 +56,11 @@ class Original:
 
 
 def originals(base: BaseSpec = BASE) -> tuple[Original, ...]:
-    """All of them; `base` has one shape for all layers, a known rotation, and float32 as its dtype."""
+    """All of them; `base` has one shape for all layers, a known rotation, and float32 as its dtype.
+
+    Where `base` is a model that runs, none carries a probe: it would not reproduce one that was made up.
+    """
+    manifest = _FULL_MANIFEST | ({} if base == BASE else {"probe": None})
     assert base.hidden_size is not None
     width, hidden = row_geometry(base).width, base.hidden_size
     half = replace(base, layout=replace(base.layout, dtype="float16"))
@@ -66,7 +70,7 @@ def originals(base: BaseSpec = BASE) -> tuple[Original, ...]:
         prefix_task_rows=torch.stack([prompt(2, hidden, seed=seed) for seed in (4, 5)]),
     )
     return (
-        Original("native-f32", make_artifact(base, 3, **_FULL_MANIFEST), base),
+        Original("native-f32", make_artifact(base, 3, **manifest), base),
         Original("native-bf16", make_artifact(base, 2, seed=1, dtype="bfloat16"), base),
         Original("native-f16", make_artifact(base, 1, seed=2, dtype="float16"), base),
         Original("native-f32-for-f16", make_artifact(half, 2, seed=3), half),

@@ -52,7 +52,7 @@ def same_soft_prompt(original: Original, theirs: Tensors, found: SoftPrompt) -> 
 
 
 def same_prefix(mutant: Mutant, theirs: Tensors, found: Prefix) -> bool:
-    """Bit for bit, but for keys that were rotated; and, of an artifact, field for field."""
+    """Bit for bit, but for subnormals and for keys that were rotated; and, of an artifact, field for field."""
     serving = _SERVED[mutant.original.base.layout.dtype]
     keys, values = _layers(mutant.original, theirs)
     pairs = list(zip(values, found.values, strict=True))
@@ -63,12 +63,21 @@ def same_prefix(mutant: Mutant, theirs: Tensors, found: Prefix) -> bool:
             return False
     else:
         pairs += zip(keys, found.keys, strict=True)
-    same = all(torch.equal(theirs.to(serving), ours) for theirs, ours in pairs)
+    same = all(torch.equal(_as_served(theirs.to(serving)), ours) for theirs, ours in pairs)
     if was_rotated or "prompt_embeddings" in theirs:
         return same
     return same and _fields(mutant.data) == found.manifest.model_dump(
         mode="json", exclude_unset=True
     )
+
+
+def _as_served(tensor: Tensor) -> Tensor:
+    """One value after the other: what is too small to be a normal number is zero, but in float16."""
+    if tensor.dtype == torch.float16:
+        return tensor
+    least = torch.finfo(tensor.dtype).smallest_normal
+    values = [0.0 if abs(value) < least else value for value in tensor.flatten().tolist()]
+    return torch.tensor(values, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _fields(data: bytes) -> dict[str, Any]:

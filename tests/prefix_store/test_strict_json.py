@@ -61,12 +61,15 @@ def test_the_deepest_allowed_value_is_read() -> None:
 
 
 @pytest.mark.parametrize("element", ["1", "-1", "[]", "{}", "1.5", '""'])
-def test_a_full_header_of_small_values_is_read_within_milliseconds(element: str) -> None:
-    """Of the thread's CPU time, the best of five: a header is read three times on its way in."""
+def test_a_full_header_of_small_values_costs_a_few_times_what_python_takes(element: str) -> None:
+    """A header is read three times on its way in. Beside each other, so that a busy machine slows both."""
     text = f"[{','.join([element] * (65_000 // (len(element) + 1)))}]"
-    seconds = []
-    for _ in range(5):
+    ours, theirs = [], []
+    for _ in range(9):
         started = time.thread_time()
         parse(text, max_depth=8)
-        seconds.append(time.thread_time() - started)
-    assert min(seconds) < 0.008
+        ours.append(time.thread_time() - started)
+        started = time.thread_time()
+        json.loads(text)
+        theirs.append(time.thread_time() - started)
+    assert min(ours) < 12 * min(theirs)
