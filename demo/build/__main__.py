@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from demo.build.base import finish_base, load_base, train_base
+from demo.build.base import NUM_STEPS, finish_base, load_base, train_base
 from demo.build.export import export_all, save_raw, write_scores
 from demo.build.prefixes import train_prefix
 from demo.build.scores import rare_literals
@@ -21,7 +21,6 @@ from demo.build.tokenizer import build_tokenizer, load_tokenizer
 log = logging.getLogger("demo.build")
 
 DEFAULT_WORK_DIR: Final = Path("build/demo")
-DEFAULT_MINUTES: Final = 48.0
 NUM_THREADS: Final = 2
 
 
@@ -31,7 +30,7 @@ def run_tokenizer(args: argparse.Namespace) -> None:
 
 def run_base(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.work_dir / "model")
-    model = train_base(tokenizer, args.work_dir, args.minutes)
+    model = train_base(tokenizer, args.work_dir, args.base_steps)
     finish_base(model, tokenizer, args.work_dir)
 
 
@@ -76,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.build", description=__doc__)
     parser.add_argument("step", nargs="?", default="all", choices=["all", *STEPS])
     parser.add_argument("--work-dir", type=Path, default=DEFAULT_WORK_DIR)
-    parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="of pretraining")
+    parser.add_argument("--base-steps", type=int, default=NUM_STEPS, help="of pretraining")
     parser.add_argument("--task", choices=list(TASKS), help="train this prefix only")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

