@@ -17,7 +17,7 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check bench fuzz kill-loop crash fmt clean
+.PHONY: help install demo serve demo-model test check bench fuzz kill-loop crash fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,6 +29,9 @@ demo: .venv/.runtime ## serve the bundled model and tasks; DEMO_ONCE=1 exits aft
 
 serve: .venv/.runtime ## start the server; ARGS="--model DIR_OR_HUB_ID" for your own model
 	@exec $(BIN)/prefixd serve $(ARGS)
+
+demo-model: .venv/.dev ## train the bundled base model and its tasks anew, in under an hour on two cores
+	$(BIN)/python -m demo.build $(ARGS)
 
 # A process a core, each with one thread for torch: most tests wait or compute little. A file stays in one process.
 test: .venv/.dev ## run the tests; ARGS="-k scheduler" for some of them, "-n 0" for one process

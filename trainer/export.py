@@ -16,7 +16,6 @@ from pydantic import JsonValue
 
 from prefix_store.artifact import TORCH_DTYPES, encode
 from prefix_store.spec import (
-    BaseModelRef,
     GenerationDefaults,
     PrefixManifest,
     Probe,
@@ -78,14 +77,7 @@ class Export:
             k_space="post_rope" if spec.position_scheme == "rope" else "none",
             model_type=spec.model_type,
             rope_theta=spec.rope_theta,
-            base_model=BaseModelRef(
-                id=spec.model_id,
-                revision=self.config.revision,
-                fingerprint=spec.fingerprint,
-                config_fingerprint=spec.config_fingerprint,
-                tokenizer_fingerprint=spec.tokenizer_fingerprint,
-                vocab_size=spec.vocab_size,
-            ),
+            base_model=spec.as_ref().model_copy(update={"revision": self.config.revision}),
             generation=GenerationDefaults(
                 max_tokens=self.max_tokens, temperature=0.0, stop=self.config.stop
             ),

@@ -1,6 +1,7 @@
-"""``python -m demo.build [all|tokenizer|base|prefixes|export|scores]``: rebuild the demo.
+"""``python -m demo.build [all|tokenizer|base|tasks|export|scores]``: rebuild the demo (``make demo-model``).
 
-Each step reads what the one before left in the work directory, so that it can be repeated alone.
+Each step reads what the one before left in the work directory, so that it can be repeated alone; what was finished
+there is not done again, and what was killed goes on.
 """
 
 import argparse
@@ -9,48 +10,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import torch
-
-from demo.build.base import NUM_STEPS, finish_base, load_base, train_base
-from demo.build.export import export_all, save_raw, write_scores
-from demo.build.prefixes import train_prefix
-from demo.build.scores import rare_literals
-from demo.build.tasks import TASKS
+from demo.build.base import (
+    NUM_STEPS,
+    base_report_path,
+    finish_base,
+    require_copying,
+    train_base,
+)
+from demo.build.export import export_all, write_scores
+from demo.build.measure import prepare_task
+from demo.build.parallel import over_tasks, show_progress
+from demo.build.targets import mean_match
 from demo.build.tokenizer import build_tokenizer, load_tokenizer
 
 log = logging.getLogger("demo.build")
 
 DEFAULT_WORK_DIR: Final = Path("build/demo")
-NUM_THREADS: Final = 2
 
 
 def run_tokenizer(args: argparse.Namespace) -> None:
-    build_tokenizer(args.work_dir / "model")
+    if not (args.work_dir / "model" / "tokenizer.json").exists():
+        build_tokenizer(args.work_dir / "model")
 
 
 def run_base(args: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(args.work_dir / "model")
-    model = train_base(tokenizer, args.work_dir, args.base_steps)
-    finish_base(model, tokenizer, args.work_dir)
+    if not base_report_path(args.work_dir).exists():
+        tokenizer = load_tokenizer(args.work_dir / "model")
+        model = train_base(tokenizer, args.work_dir, args.base_steps)
+        finish_base(model, tokenizer, args.work_dir)
+    require_copying(args.work_dir)
 
 
-def run_prefixes(args: argparse.Namespace) -> None:
-    model_dir = args.work_dir / "model"
-    model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
-    for task in TASKS.values():
-        if args.task not in (None, task.name):
-            continue
-        if rare := rare_literals(tokenizer, task):
-            raise RuntimeError(f"{task.name}: the corpus hardly holds {rare}")
-        trained = train_prefix(model, tokenizer, task)
-        save_raw(args.work_dir, task.name, trained)
-        log.info(
-            "%s  validation loss %.4f  first token %.4f  %.0f s",
-            task.name,
-            trained.validation_loss,
-            trained.first_token_probability,
-            trained.seconds,
-        )
+def run_tasks(args: argparse.Namespace) -> None:
+    over_tasks(prepare_task, args.work_dir)
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -59,13 +51,13 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_scores(args: argparse.Namespace) -> None:
     for name, row in write_scores(args.work_dir)["tasks"].items():
-        log.info("%s: %s", name, {way: values["exact_match"] for way, values in row.items()})
+        log.info("%s: base %s, prefix %.1f", name, row["base"]["exact_match"], mean_match(row))
 
 
 STEPS: Final[dict[str, Callable[[argparse.Namespace], None]]] = {
     "tokenizer": run_tokenizer,
     "base": run_base,
-    "prefixes": run_prefixes,
+    "tasks": run_tasks,
     "export": run_export,
     "scores": run_scores,
 }
@@ -76,10 +68,8 @@ def main() -> None:
     parser.add_argument("step", nargs="?", default="all", choices=["all", *STEPS])
     parser.add_argument("--work-dir", type=Path, default=DEFAULT_WORK_DIR)
     parser.add_argument("--base-steps", type=int, default=NUM_STEPS, help="of pretraining")
-    parser.add_argument("--task", choices=list(TASKS), help="train this prefix only")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(NUM_THREADS)
+    show_progress()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     for name, run in STEPS.items():
         if args.step in ("all", name):

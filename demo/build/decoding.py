@@ -15,11 +15,8 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from demo.build.tokenizer import encode
-from prefix_store.spec import Probe
 
 ROWS_AT_ONCE: Final = 50
-PROBE_TOKENS: Final = 64
-PROBE_TOP: Final = 8
 TENSOR_NAME: Final = "dec_self.{layer:03d}.{kind}"
 
 
@@ -39,20 +36,6 @@ def prefix_cache(prefix: torch.Tensor, num_rows: int) -> DynamicCache:
     for layer, (key, value) in enumerate(prefix.transpose(2, 3)):  # [L, 2, H, P, D]
         cache.update(key.expand(num_rows, -1, -1, -1), value.expand(num_rows, -1, -1, -1), layer)
     return cache
-
-
-@torch.inference_mode()
-def probe_of(model: LlamaForCausalLM, prefix: torch.Tensor, input_ids: Sequence[int]) -> Probe:
-    """What the model says behind the prefix and these tokens (at most 64 of them), for servers to compare with."""
-    ids = list(input_ids)[:PROBE_TOKENS]
-    cache = prefix_cache(prefix, 1)
-    logits = model(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0, -1]
-    top = logits.log_softmax(-1).topk(PROBE_TOP)
-    return Probe(
-        input_ids=tuple(ids),
-        top_ids=tuple(top.indices.tolist()),
-        top_logprobs=tuple(round(min(value, 0.0), 5) for value in top.values.tolist()),
-    )
 
 
 @torch.inference_mode()

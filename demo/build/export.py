@@ -1,7 +1,7 @@
-"""From the work directory to the files that are shipped: model, prefixes, scores, samples.
+"""From the work directory to the files that are shipped: model, prefixes, samples, scores and their tables.
 
-Called by ``python -m demo.build export`` and ``... scores``. Prefix files are written by
-``prefix_store``, so that what the demo ships is what the server accepts.
+Called by ``python -m demo.build export`` and ``... scores``. The shipped prefix of a task is the seed that answers most
+of the validation set, in bf16.
 """
 
 import json
@@ -13,159 +13,143 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from demo import BASE_MODEL_ID, MODEL_DIR, PREFIXES_DIR, SAMPLES_FILE, SCORES_FILE, Sample
-from demo.build import prefixes, scores
+from demo import DEMO_DIR, MODEL_DIR, PREFIXES_DIR, SAMPLES_FILE, SCORES_FILE, Sample
+from demo.build import scores, training
 from demo.build.base import load_base
-from demo.build.decoding import TENSOR_NAME, complete, load_prefix, probe_of
-from demo.build.tasks import TASKS, Task, examples
-from demo.build.tokenizer import encode, load_tokenizer
-from prefix_store.artifact import save
-from prefix_store.fingerprint import base_model_ref
-from prefix_store.spec import GenerationDefaults, PrefixManifest
+from demo.build.decoding import complete, load_prefix
+from demo.build.measure import report_path
+from demo.build.parallel import over_tasks
+from demo.build.tables import insert_tables
+from demo.build.targets import TargetsMissed, missed
+from demo.build.tasks import TASKS, Task
+from demo.build.tokenizer import load_tokenizer
+from prefix_store.artifact import decode
+from prefix_store.spec import digest_of
+from trainer.base import FrozenBase
+from trainer.export import Export
+from trainer.prefix_cache import KeyValues
 
 log = logging.getLogger(__name__)
 
-
-BF16_MAX_LOSS: Final = 0.5
 READABLE: Final = 0o644
+README_FILE: Final = DEMO_DIR / "README.md"
 
 
-def raw_path(work_dir: Path, task: str) -> Path:
-    return work_dir / "prefixes" / f"{task}.safetensors"
+def task_report(work_dir: Path, task: str) -> dict[str, Any]:
+    """What ``measure`` has found."""
+    found: dict[str, Any] = json.loads(report_path(work_dir, task).read_text())
+    return found
 
 
-def save_raw(work_dir: Path, task: str, trained: prefixes.TrainedPrefix) -> None:
-    """Keep the trained tensor in full precision, with its training record beside it."""
-    path = raw_path(work_dir, task)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"prefix": trained.prefix.contiguous()}, path)
-    record = asdict(trained)
-    del record["prefix"]
-    path.with_suffix(".json").write_text(json.dumps(record))
+def best_seed(report: dict[str, Any]) -> int:
+    """By the validation set: most right, then least loss."""
+
+    def rank(seed: str) -> tuple[float, float]:
+        row = report["seeds"][seed]
+        return -row["validation"]["exact_match"], row["validation_loss"]
+
+    return int(min(report["seeds"], key=rank))
 
 
-def validation_match(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, prefix: torch.Tensor
-) -> float:
-    """Exact match on the validation set: what every choice is made by."""
-    data = examples(task, prefixes.VALIDATION_SEED, prefixes.NUM_VALIDATION, "train")
-    return scores.evaluate(model, tokenizer, data, prefix).exact_match
+def run_prefix(work_dir: Path, task: str) -> Path:
+    """The fp32 artifact of the best seed."""
+    seed = best_seed(task_report(work_dir, task))
+    return work_dir / "runs" / f"{task}-seed{seed}" / "prefix.safetensors"
 
 
-def training_record(task: Task, record: dict[str, float], validation: float) -> dict[str, Any]:
-    return {
-        "method": "prefix-tuning, MLP reparameterization folded away",
-        "init_text": task.init_text,
-        "mlp": {"embedding": prefixes.EMBEDDING, "hidden": prefixes.HIDDEN},
-        "optimizer": "AdamW (0.9, 0.98), 6 % warm-up, cosine",
-        "learning_rate": prefixes.LEARNING_RATE,
-        "steps": task.steps,
-        "batch": prefixes.BATCH,
-        "examples": prefixes.NUM_TRAIN,
-        "seed": prefixes.TRAIN_SEED,
-        "seconds": round(record["seconds"], 1),
-        "validation": {
-            "exact_match": validation,
-            "loss_per_token": round(record["validation_loss"], 5),
-            "first_token_probability": round(record["first_token_probability"], 5),
-        },
-    }
-
-
-def artifact_tensors(prefix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``[L, 2, P, H, D]`` as the artifact's per-layer tensors."""
-    return {
-        TENSOR_NAME.format(layer=layer, kind=kind): prefix[layer, index].contiguous()
-        for layer in range(prefix.shape[0])
-        for index, kind in enumerate(("k", "v"))
-    }
-
-
-def sample_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
-    """The tokens of the first validation prompt."""
-    [item] = examples(task, prefixes.VALIDATION_SEED, 1, "train")
-    return encode(tokenizer, item.prompt)
-
-
-def export_prefix(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, work_dir: Path
-) -> None:
-    """Write one artifact, in bf16 unless that costs more than half a point on validation."""
-    path = raw_path(work_dir, task.name)
-    prefix = load_file(path)["prefix"]
-    full = validation_match(model, tokenizer, task, prefix)
-    rounded = validation_match(model, tokenizer, task, prefix.bfloat16().float())
-    small = full - rounded <= BF16_MAX_LOSS
-    record = json.loads(path.with_suffix(".json").read_text())
-    dtype = torch.bfloat16 if small else torch.float32
-    stored = prefix.to(dtype)
-    manifest = PrefixManifest(
-        num_virtual_tokens=prefix.shape[2],
-        token_start=prefix.shape[2],
-        k_space="post_rope",
-        model_type=model.config.model_type,
-        rope_theta=float(model.config.rope_parameters["rope_theta"]),
-        base_model=base_model_ref(model, tokenizer, model_id=BASE_MODEL_ID),
-        probe=probe_of(model, stored.float(), sample_ids(tokenizer, task)),
-        generation=GenerationDefaults(max_tokens=scores.MAX_NEW_TOKENS, temperature=0.0),
-        description=task.description,
-        training=training_record(task, record, rounded if small else full),
-    )
-    PREFIXES_DIR.mkdir(exist_ok=True)
-    save(PREFIXES_DIR / f"{task.name}.safetensors", artifact_tensors(stored), manifest)
-    log.info("%s validation fp32 %.1f bf16 %.1f, stored as %s", task.name, full, rounded, dtype)
+def in_bf16(base: FrozenBase, work_dir: Path, task: Task) -> bytes:
+    """The best seed's artifact with its tensors in bf16, its probe made anew."""
+    data = run_prefix(work_dir, task.name).read_bytes()
+    prefix = decode(data, digest_of(data))
+    generation, probe = prefix.manifest.generation, prefix.manifest.probe
+    assert generation.max_tokens is not None, "the trainer names one"
+    assert probe is not None, "the trainer makes one"
+    config = training.run_config(work_dir, task, best_seed(task_report(work_dir, task.name)))
+    config = config.model_copy(update={"artifact_dtype": "bfloat16"})
+    export = Export(base, config, generation.max_tokens, probe.input_ids)
+    return export.artifact(KeyValues(prefix.keys, prefix.values), prefix.manifest.training or {})
 
 
 def export_all(work_dir: Path) -> None:
-    """Copy the base and write every prefix that has been trained."""
+    """Copies the base and writes each task's prefix."""
     shutil.copytree(work_dir / "model", MODEL_DIR, dirs_exist_ok=True)
     for file in MODEL_DIR.iterdir():
         file.chmod(READABLE)  # safetensors writes for the owner only; a server runs as another user
-    model, tokenizer = load_base(MODEL_DIR), load_tokenizer(MODEL_DIR)
+    base = training.open_base(work_dir)
+    PREFIXES_DIR.mkdir(exist_ok=True)
     for task in TASKS.values():
-        export_prefix(model, tokenizer, task, work_dir)
-
-
-def load_prefixes() -> dict[str, torch.Tensor]:
-    """The shipped prefixes by task, in the order of ``TASKS``."""
-    return {name: load_prefix(PREFIXES_DIR / f"{name}.safetensors") for name in TASKS}
+        data = in_bf16(base, work_dir, task)
+        (PREFIXES_DIR / f"{task.name}.safetensors").write_bytes(data)
+        log.info("%s: %d bytes", task.name, len(data))
 
 
 def make_sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, prefix: torch.Tensor
 ) -> Sample:
     """The first validation item that the prefix answers as it should."""
-    for item in examples(task, prefixes.VALIDATION_SEED, prefixes.NUM_VALIDATION, "train"):
+    for item in training.validation_examples(task):
         [text] = complete(model, tokenizer, [item.prompt], prefix, scores.MAX_NEW_TOKENS)
         if text.removeprefix(" ") == item.answer:
             return Sample(task.name, item.prompt, text, scores.MAX_NEW_TOKENS)
-    raise RuntimeError(f"{task.name}: no validation item is answered right")
+    raise TargetsMissed(f"{task.name}: no validation item is answered right")
+
+
+def shipped_path(work_dir: Path, task: str) -> Path:
+    return work_dir / "shipped" / f"{task}.json"
+
+
+def measure_shipped(work_dir: Path, name: str) -> None:
+    """The shipped prefix of one task: what bf16 costs it, what it does to other tasks' items, and one sample."""
+    model, tokenizer = load_base(MODEL_DIR), load_tokenizer(MODEL_DIR)
+    task, prefix = TASKS[name], load_prefix(PREFIXES_DIR / f"{name}.safetensors")
+    full = load_prefix(run_prefix(work_dir, name))
+    test = scores.test_examples(task)
+
+    def match(tensors: torch.Tensor) -> float:
+        return scores.evaluate(model, tokenizer, test, tensors).exact_match
+
+    found: dict[str, Any] = {
+        "sample": asdict(make_sample(model, tokenizer, task, prefix)),
+        "wrong_task": scores.wrong_task_row(model, tokenizer, prefix),
+        "shipped": {"float32": match(full), "stored_bf16": match(prefix)},
+    }
+    model.to(torch.bfloat16)
+    found["shipped"]["served_bf16"] = match(prefix.bfloat16())
+    path = shipped_path(work_dir, name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found))
 
 
 def write_scores(work_dir: Path) -> dict[str, Any]:
-    """Measure the shipped files on the test sets; write ``scores.json`` and ``samples.json``."""
-    model, tokenizer = load_base(MODEL_DIR), load_tokenizer(MODEL_DIR)
-    loaded = load_prefixes()
-    samples = [asdict(make_sample(model, tokenizer, TASKS[n], p)) for n, p in loaded.items()]
+    """Measures the shipped files; writes samples, scores and the README's tables. Raises `TargetsMissed` after that."""
+    over_tasks(measure_shipped, work_dir)
+    shipped = {name: json.loads(shipped_path(work_dir, name).read_text()) for name in TASKS}
+    samples = [found["sample"] for found in shipped.values()]
     SAMPLES_FILE.write_text(json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
     report = {
         "date": datetime.now(UTC).date().isoformat(),
-        "num_virtual_tokens": prefixes.NUM_VIRTUAL_TOKENS,
+        "num_virtual_tokens": training.NUM_VIRTUAL_TOKENS,
         "num_test": scores.NUM_TEST,
+        "num_wrong_task": scores.NUM_WRONG_TASK,
         "seeds": {
-            "train": prefixes.TRAIN_SEED,
-            "validation": prefixes.VALIDATION_SEED,
+            "data": training.DATA_SEED,
+            "validation": training.VALIDATION_SEED,
             "test": scores.TEST_SEED,
+            "training": training.TRAINING_SEEDS,
         },
         "base": json.loads((work_dir / "base-report.json").read_text()),
-        "tasks": {
-            name: scores.task_scores(model, tokenizer, TASKS[name], prefix)
-            for name, prefix in loaded.items()
-        },
-        "wrong_task_exact_match": scores.wrong_task_matrix(model, tokenizer, loaded),
+        "tasks": {name: _task_scores(work_dir, name, shipped[name]["shipped"]) for name in TASKS},
+        "wrong_task_exact_match": {name: found["wrong_task"] for name, found in shipped.items()},
     }
     SCORES_FILE.write_text(json.dumps(report, indent=2) + "\n")
+    insert_tables(README_FILE, report)
+    if misses := missed(report):
+        raise TargetsMissed("\n".join(misses))
     return report
+
+
+def _task_scores(work_dir: Path, name: str, shipped: dict[str, float]) -> dict[str, Any]:
+    report = task_report(work_dir, name)
+    return report | {"shipped": {"seed": best_seed(report), **shipped}}

@@ -1,12 +1,12 @@
-"""What the base does alone, with each task's prefix, and with the wrong task's prefix.
+"""Scores of completions, and what a literal must be before a task may ask for it.
 
-Called by ``python -m demo.build scores`` on the exported files, and by the tests. Everything is
-selected on validation sets; the test seed is used here only, with held-out names.
+Called by ``measure`` and ``export``, and by the tests. Everything is selected on validation sets; the test seed is used
+here only, with held-out names.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
@@ -18,9 +18,9 @@ from demo.build.decoding import complete
 from demo.build.tasks import TASKS, Example, Task, examples
 from demo.build.tokenizer import encode
 
-TEST_SEED: Final = 7_001
-NUM_TEST: Final = 300
-NUM_WRONG_TASK: Final = 50
+TEST_SEED: Final = 8_101
+NUM_TEST: Final = 500
+NUM_WRONG_TASK: Final = 100
 MAX_NEW_TOKENS: Final = 64
 NUM_SHOTS: Final = 3
 SHOT_SEED: Final = 43
@@ -82,29 +82,27 @@ def first_lines(outputs: Sequence[str]) -> list[str]:
     return [output.split("\n")[0] for output in outputs]
 
 
-def task_scores(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, prefix: torch.Tensor
-) -> dict[str, dict[str, float]]:
-    """Base alone, base with solved examples in the prompt, base with the prefix."""
-    data = examples(task, TEST_SEED, NUM_TEST, "test")
+def test_examples(task: Task) -> list[Example]:
+    """Names that no training text holds."""
+    return examples(task, TEST_SEED, NUM_TEST, "test")
+
+
+def few_shot_score(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, data: Sequence[Example]
+) -> Score:
+    """The base alone, with solved examples in the prompt."""
     shown = with_shots(task, data)
     prompts = [item.prompt for item in shown]
-    few_shot = first_lines(complete(model, tokenizer, prompts, None, MAX_NEW_TOKENS))
-    return {
-        "base": asdict(evaluate(model, tokenizer, data, None)),
-        "base_few_shot": asdict(score(few_shot, shown)),
-        "prefix": asdict(evaluate(model, tokenizer, data, prefix)),
-    }
+    return score(first_lines(complete(model, tokenizer, prompts, None, MAX_NEW_TOKENS)), shown)
 
 
-def wrong_task_matrix(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prefixes: dict[str, torch.Tensor]
-) -> dict[str, dict[str, float]]:
-    """Exact match of every task's items (inner key) under every task's prefix (outer key)."""
-    data = {name: examples(TASKS[name], TEST_SEED, NUM_WRONG_TASK, "test") for name in prefixes}
+def wrong_task_row(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prefix: torch.Tensor
+) -> dict[str, float]:
+    """Exact match of every task's items under one prefix."""
     return {
-        used: {asked: evaluate(model, tokenizer, data[asked], prefix).exact_match for asked in data}
-        for used, prefix in prefixes.items()
+        asked: evaluate(model, tokenizer, test_examples(task)[:NUM_WRONG_TASK], prefix).exact_match
+        for asked, task in TASKS.items()
     }
 
 

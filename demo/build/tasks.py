@@ -136,6 +136,7 @@ TASKS: Final[dict[str, Task]] = {
             "A question about a record, answered with the field that says it.",
             record_qa,
             " | food = Greek -- What food does Lomu serve? food = Greek",
+            steps=800,  # the slowest to learn: 73 % of the validation set after 400, 99 % after 800
         ),
     )
 }

@@ -9,8 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from demo import MODEL_DIR, PREFIXES_DIR, Sample, load_samples
 from demo.build.base import load_base
-from demo.build.decoding import complete, greedy, load_prefix, prefix_cache
-from demo.build.prefixes import PrefixEncoder, init_ids, text_key_values
+from demo.build.decoding import complete, greedy, load_prefix
 from demo.build.scores import evaluate
 from demo.build.tasks import TASKS, Task, examples
 from demo.build.tokenizer import encode, load_tokenizer
@@ -66,18 +65,6 @@ def test_rows_of_a_batch_decode_as_they_do_alone(
     prompts = [encode(tokenizer, item.prompt) for item in examples(task, FRESH_SEED, 4, "test")]
     together = greedy(model, prompts, prefix, 16)
     assert together == [greedy(model, [prompt], prefix, 16)[0] for prompt in prompts]
-
-
-def test_untrained_prefix_equals_its_text(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    ids = init_ids(tokenizer, TASKS["record-qa"].init_text)
-    asked = encode(tokenizer, "name = Lomu | food = Greek -- What food does Lomu serve?")
-    with torch.inference_mode():
-        cache = prefix_cache(PrefixEncoder(text_key_values(model, ids))(), 1)
-        behind_prefix = model(input_ids=torch.tensor([asked]), past_key_values=cache).logits[0]
-        behind_text = model(input_ids=torch.tensor([ids + asked])).logits[0, len(ids) :]
-    torch.testing.assert_close(behind_prefix, behind_text, atol=1e-4, rtol=1e-4)
 
 
 def test_default_encoding_adds_no_special_token(tokenizer: PreTrainedTokenizerBase) -> None:
