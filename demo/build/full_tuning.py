@@ -20,6 +20,7 @@ from trainer.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+NUM_STEPS: Final = 400  # enough: it is at its end long before
 LEARNING_RATE: Final = 5e-4
 BATCH: Final = 16
 WARMUP_FRACTION: Final = 0.06
@@ -31,7 +32,7 @@ def fine_tune(
     base: FrozenBase,
     training: Sequence[EncodedExample],
     *,
-    num_steps: int,
+    num_steps: int = NUM_STEPS,
     seed: int,
     learning_rate: float = LEARNING_RATE,
 ) -> None:

@@ -104,11 +104,9 @@ def _one_seed(
 def _fully_tuned(
     work_dir: Path, task: Task, material: Material, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The same data and steps, every parameter of a base of its own."""
+    """The same data, every parameter of a base of its own."""
     base = open_base(work_dir)
-    _, seconds = _timed(
-        lambda: fine_tune(base, material.training, num_steps=task.steps, seed=TRAINING_SEEDS[0])
-    )
+    _, seconds = _timed(lambda: fine_tune(base, material.training, seed=TRAINING_SEEDS[0]))
     found = evaluate(base.module, tokenizer, test_examples(task), None)
     return {"test": asdict(found), "seconds": round(seconds, 1)}
 

@@ -118,12 +118,14 @@ TASKS: Final[dict[str, Task]] = {
             "Sentences about a restaurant as a record with sorted fields.",
             sentence_to_record,
             " Lomu serves Greek food. => area = harbour | food = Greek | kind = diner | name = Lomu",
+            steps=800,
         ),
         Task(
             "casual-rewrite",
             "A formal notice about a trip or a restaurant, said casually.",
             casual_rewrite,
             " Please note that Lomu will depart on Monday. => so Lomu grabs the train on Monday!",
+            steps=800,
         ),
         Task(
             "sentiment",
@@ -136,7 +138,7 @@ TASKS: Final[dict[str, Task]] = {
             "A question about a record, answered with the field that says it.",
             record_qa,
             " | food = Greek -- What food does Lomu serve? food = Greek",
-            steps=800,  # the slowest to learn: 73 % of the validation set after 400, 99 % after 800
+            steps=1_600,  # it stands on a plateau until some step between 300 and 900
         ),
     )
 }

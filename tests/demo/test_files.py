@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from demo import DEMO_DIR, MODEL_DIR, PREFIXES_DIR, SCORES_FILE, load_samples
 from demo.build.tables import tables
-from demo.build.targets import missed
+from demo.build.targets import mean_match, missed
 
 MAX_BYTES = 16 * 2**20
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -82,3 +82,11 @@ def test_scores_meet_every_target(scores: dict[str, Any]) -> None:
 
 def test_the_readme_shows_the_scores(scores: dict[str, Any]) -> None:
     assert tables(scores) in (DEMO_DIR / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_page_shows_the_same_figures(scores: dict[str, Any]) -> None:
+    page = (DEMO_DIR.parent / "README.md").read_text(encoding="utf-8")
+    for name, row in scores["tasks"].items():
+        [line] = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+        base = row["base"]["exact_match"]
+        assert line.endswith(f"| {base} % | **{mean_match(row):.1f} %** |")
