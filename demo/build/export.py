@@ -130,7 +130,6 @@ def write_scores(work_dir: Path) -> dict[str, Any]:
     SAMPLES_FILE.write_text(json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
     report = {
         "date": datetime.now(UTC).date().isoformat(),
-        "num_virtual_tokens": training.NUM_VIRTUAL_TOKENS,
         "num_test": scores.NUM_TEST,
         "num_wrong_task": scores.NUM_WRONG_TASK,
         "seeds": {
@@ -152,4 +151,9 @@ def write_scores(work_dir: Path) -> dict[str, Any]:
 
 def _task_scores(work_dir: Path, name: str, shipped: dict[str, float]) -> dict[str, Any]:
     report = task_report(work_dir, name)
-    return report | {"shipped": {"seed": best_seed(report), **shipped}}
+    return {
+        "num_virtual_tokens": TASKS[name].num_virtual_tokens,
+        "steps": TASKS[name].steps,
+        **report,
+        "shipped": {"seed": best_seed(report), **shipped},
+    }

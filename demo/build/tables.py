@@ -29,8 +29,8 @@ def _scores(report: dict[str, Any]) -> str:
         f"Exact match in percent, greedy, {report['num_test']} test items a task (seed {report['seeds']['test']}), names that occur in no",
         f"training text, measured on {report['date']}. Prefix: mean of {len(report['seeds']['training'])} training seeds, and the least and the most.",
         "",
-        "| task | base alone | 3 solved examples in the prompt | **prefix** | full fine-tuning | slot recall: base / prefix | loss |",
-        "|---|---|---|---|---|---|---|",
+        "| task | P, steps | base alone | 3 solved examples in the prompt | **prefix** | full fine-tuning | slot recall: base / prefix | loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["tasks"].items():
         tests = [seed["test"] for seed in row["seeds"].values()]
@@ -38,7 +38,7 @@ def _scores(report: dict[str, Any]) -> str:
         recall = sum(test["slot_recall"] for test in tests) / len(tests)
         loss = max(seed["test_loss"] for seed in row["seeds"].values())
         lines.append(
-            f"| {name} | {row['base']['exact_match']} | {row['base_few_shot']['exact_match']} "
+            f"| {name} | {row['num_virtual_tokens']}, {row['steps']} | {row['base']['exact_match']} | {row['base_few_shot']['exact_match']} "
             f"| **{mean_match(row):.1f}** ({min(matches)} to {max(matches)}) "
             f"| {row['full_fine_tuning']['test']['exact_match']} "
             f"| {row['base']['slot_recall']} / {recall:.1f} | {loss:.3f} |"

@@ -29,12 +29,13 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task: how to make an example, the text its prefix starts from, how long to train."""
+    """One task: how to make an example, the text its prefix starts from, how long it is, how long to train."""
 
     name: str
     description: str
     make: Callable[[random.Random, Split], Example]
     init_text: str
+    num_virtual_tokens: int = 16
     steps: int = 400
 
 
@@ -137,8 +138,11 @@ TASKS: Final[dict[str, Task]] = {
             "record-qa",
             "A question about a record, answered with the field that says it.",
             record_qa,
-            " | food = Greek -- What food does Lomu serve? food = Greek",
-            steps=1_600,  # it stands on a plateau until some step between 300 and 900
+            " name = Lomu | food = Greek | area = harbour -- What food does Lomu serve? food = Greek"
+            " [ job : doctor, name : Lomu, city : Pasar ] -- Where does Lomu live? city = Pasar",
+            # With 16 tokens two of three seeds were still on a plateau after 800 steps, one after 1,600.
+            num_virtual_tokens=32,
+            steps=1_200,
         ),
     )
 }

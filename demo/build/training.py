@@ -26,7 +26,6 @@ from trainer.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-NUM_VIRTUAL_TOKENS: Final = 16
 DATA_SEED: Final = 41
 VALIDATION_SEED: Final = 42
 NUM_TRAIN: Final = 2_000
@@ -74,7 +73,7 @@ def run_config(work_dir: Path, task: Task, seed: int) -> TrainConfig:
         held_out=data_dir / f"{task.name}.validation.jsonl",
         output=work_dir / "runs" / f"{task.name}-seed{seed}",
         init_text=task.init_text,
-        num_virtual_tokens=NUM_VIRTUAL_TOKENS,
+        num_virtual_tokens=task.num_virtual_tokens,
         num_steps=task.steps,
         evaluate_every=max(1, task.steps // 4),
         seed=seed,
