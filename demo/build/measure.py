@@ -6,10 +6,9 @@ Called by ``python -m demo.build tasks`` in a process a core, one task at a time
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Final
 
 import torch
@@ -87,7 +86,7 @@ def _one_seed(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """One trained prefix: exact match and loss on the validation set and on the test set."""
-    folder, seconds = _timed(lambda: train_prefix(work_dir, task, seed, material))
+    folder = train_prefix(work_dir, task, seed, material)
     prefix = load_prefix(folder / "prefix.safetensors")
     validation, test = validation_examples(task), test_examples(task)
     found = {
@@ -95,7 +94,6 @@ def _one_seed(
         "validation_loss": round(_loss(material.base, prefix, validation), 5),
         "test": asdict(evaluate(model, tokenizer, test, prefix)),
         "test_loss": round(_loss(material.base, prefix, test), 5),
-        "seconds": round(seconds, 1),
     }
     log.info("%s seed %d: %s", task.name, seed, found)
     return found
@@ -106,14 +104,8 @@ def _fully_tuned(
 ) -> dict[str, Any]:
     """The same data, every parameter of a base of its own."""
     base = open_base(work_dir)
-    _, seconds = _timed(lambda: fine_tune(base, material.training, seed=TRAINING_SEEDS[0]))
-    found = evaluate(base.module, tokenizer, test_examples(task), None)
-    return {"test": asdict(found), "seconds": round(seconds, 1)}
-
-
-def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    started = perf_counter()
-    return run(), perf_counter() - started
+    fine_tune(base, material.training, seed=TRAINING_SEEDS[0])
+    return {"test": asdict(evaluate(base.module, tokenizer, test_examples(task), None))}
 
 
 def _loss(base: FrozenBase, prefix: torch.Tensor, data: Sequence[Example]) -> float:
