@@ -8,22 +8,24 @@
 * **LoRA**: rank 4 on all linear layers (PEFT);
 * **full fine-tuning** of all weights (transformers).
 
-All see the same 2,000 examples in the same order, in batches of 16 for 400 steps (record-qa: 800, because every prefix stands
-on a plateau there first), with the same loss on the answer's tokens, AdamW, warm-up, cosine, clipping; each keeps the best of ten
-evaluations by the loss on 100 held-out examples. Prefixes and soft prompts begin as the same text. The learning rate of each
-method is the best of three, on one task with one seed, **by the held-out examples**; test items decide nothing.
+All see the same 2,000 examples in the same order, in batches of 16 for 400 steps (record-qa: 800, because prefixes stand on
+a plateau there first), with the same loss on the answer's tokens, AdamW, warm-up, cosine, clipping; each keeps the best of
+ten evaluations by the loss on 100 held-out examples. Prefixes and soft prompts begin as the same text. The learning rate of
+each method is the best of three, on one task with one seed, **by the held-out examples**; test items decide nothing.
 
 **Stages**, each of which can be run apart (`--only`), in this order: `tune` chooses the learning rates; `compare` is the main
-table, with three seeds; `low-data` is the paper's study of few examples (50 to 500, another part for each seed); `lengths` is that
-of the prefix's length; `serving` measures throughput at 1, 8 and 32 tasks (`methods_serving.py` says how); `report` only writes
-what is known. Each run is kept in the folder as soon as it is done. Begun again, the benchmark goes on where it stopped.
+table, with three seeds; `low-data` is the paper's study of few examples (50 to 2,000, another part for each seed); `lengths`
+is that of the prefix's length; `serving` measures throughput at 1, 8 and 32 tasks (`methods_serving.py` says how); `report`
+only writes what is known. Each run is kept in the folder as soon as it is done. Begun again, the benchmark goes on where it
+stopped; a folder belongs to one base.
 
-**How to read the table.** Exact match in percent of 500 test items whose names no text of pretraining has, mean ± standard
-deviation over the seeds. `trained` counts the parameters that got a gradient, `stored` those that a task needs afterwards, `kB`
-is their file in float32. `training` is the time of the optimizer steps on record-to-sentence, `peak` what memory the
-process needed beyond its libraries, base included. tokens/s: 32 requests at once, spread evenly over so many tasks; MB: the tensors that the tasks hold, in
-float32, beside one base; for full fine-tuning they are the models themselves. The three methods that end as keys and values
-before the request are one and the same to a server, so they share one measurement.
+**How to read the table.** Exact match in percent of 500 test items whose names no text of pretraining has, mean and standard
+deviation over the seeds. `trained` counts the parameters that got a gradient, `stored` those that a task needs afterwards,
+`kB` is their file in float32. `400 steps` is the time of the optimizer steps on record-to-sentence, on one thread beside
+another training; `peak` the memory that training needed beyond the libraries, base included. `tokens/s`: 32 requests at
+once, spread evenly over so many tasks; `MB`: the tensors that the tasks hold, in float32, beside one base; for full
+fine-tuning they are the models themselves. The three methods that end as keys and values before the request are one and
+the same to a server, so they share one measurement.
 
 **What is unfair, and to whom.**
 
@@ -31,9 +33,11 @@ before the request are one and the same to a server, so they share one measureme
   a base is also cheap to copy: with 7 B parameters, 32 copies would be 450 GB;
 * to LoRA and full fine-tuning in serving: they run in transformers' `generate`, not in a server; one that is built for adapters
   would mix them faster than PEFT does. With one task LoRA could be merged into the weights, and then costs nothing;
-* to the others in training: `step` of a prefix includes only the encoder's and the base's passes, as theirs do; but a prefix's peak
-  of memory has the trainer's extra measurements (attention on the prefix) and its checkpoint in it;
-* to nobody: the rates of all methods are a coarse grid, and choosing by one task may suit another worse.
+* to prefixes in memory: their peak has in it what `prefixd train` does beside training: it measures the attention on the
+  prefix, writes checkpoints and proves artifacts. The time of a step is of the step alone for everybody;
+* to everybody alike: three learning rates are few, and the best on one task may suit another worse; the held-out examples,
+  which also choose the step that is kept, are 100 more than the few of the low-data study. A prefix could be
+  served as bfloat16, half of its kB, and so could all the others.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
+
 from benchmarks.methods_plan import Job, distinct, expected_seconds
 from benchmarks.methods_training import Workplace, perform
 
@@ -56,8 +58,12 @@ def run_jobs(jobs: Sequence[Job], place: Workplace, num_processes: int) -> None:
 
 def _performed(jobs: Sequence[Job], place: Workplace, num_processes: int) -> Iterator[str]:
     if num_processes == 0:
-        for job in jobs:
-            yield perform(job, place)
+        before = torch.get_num_threads()
+        try:
+            for job in jobs:
+                yield perform(job, place)
+        finally:
+            torch.set_num_threads(before)
     elif jobs:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([perform.__module__])

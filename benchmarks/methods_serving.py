@@ -106,7 +106,7 @@ def _lora() -> Any:
     )
 
 
-def _randomize(model: Any, part: str, seed: int, size: float = 1e-2) -> None:
+def _randomize(model: Any, part: str, seed: int, size: float = 0.1) -> None:
     """Adds normal numbers to the parameters with `part` in their names."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
