@@ -17,7 +17,7 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve demo-model test check bench fuzz kill-loop crash fmt clean
+.PHONY: help install demo serve demo-model test check bench bench-methods fuzz kill-loop crash fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,6 +45,9 @@ check: .venv/.dev ## lint, format, types, import contracts: all that is quick an
 
 bench: .venv/.dev ## measure prefixd against PEFT on this machine
 	$(BIN)/python benchmarks/peft_comparison.py $(ARGS)
+
+bench-methods: .venv/.dev ## prefixes, LoRA, fine-tuning on the demo's tasks, over an hour; goes on where it stopped
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 fuzz: .venv/.dev ## a million hostile uploads against the validator; ARGS="--jobs 8 --seed 2"
 	$(BIN)/python -m tests.hostile.fuzz $(ARGS)

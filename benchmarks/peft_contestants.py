@@ -85,31 +85,37 @@ class PeftGenerate:
 
     def serve(self, requests: tuple[Request, ...], output_len: int) -> Call:
         """Switches to the task's adapter and generates."""
-        clock = _TokenClock()
-        started = time.perf_counter()
         self._model.set_adapter(requests[0].task)
-        prompts = torch.tensor([request.prompt_token_ids for request in requests])
-        output: Any = self._model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=output_len,
-            do_sample=False,
-            streamer=clock,
-        )
-        seconds = time.perf_counter() - started
-        # The streamer is told of the prompt first, then of every token.
-        first, *later = clock.times[1:]
-        gaps = [b - a for a, b in zip([first, *later], later, strict=False)]
-        return Call(
-            requests=requests,
-            tokens=tuple(tuple(row) for row in output[:, prompts.shape[1] :].tolist()),
-            first_token_seconds=(first - started,) * len(requests),
-            seconds=seconds,
-            decode_step_seconds=tuple(gaps),
-        )
+        return generate(self._model, requests, output_len)
 
     def close(self) -> None:
         """Nothing runs between calls."""
+
+
+def generate(model: Any, requests: tuple[Request, ...], output_len: int, **further: Any) -> Call:
+    """One `generate` over prompts of one length, greedy, timed token by token. `further`: what else it is given."""
+    clock = _TokenClock()
+    started = time.perf_counter()
+    prompts = torch.tensor([request.prompt_token_ids for request in requests])
+    output: Any = model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=output_len,
+        do_sample=False,
+        streamer=clock,
+        **further,
+    )
+    seconds = time.perf_counter() - started
+    # The streamer is told of the prompt first, then of every token.
+    first, *later = clock.times[1:]
+    gaps = [b - a for a, b in zip([first, *later], later, strict=False)]
+    return Call(
+        requests=requests,
+        tokens=tuple(tuple(row) for row in output[:, prompts.shape[1] :].tolist()),
+        first_token_seconds=(first - started,) * len(requests),
+        seconds=seconds,
+        decode_step_seconds=tuple(gaps),
+    )
 
 
 class _TokenClock(BaseStreamer):  # type: ignore[misc]

@@ -127,18 +127,7 @@ class Report:
             "contestant", "tokens/s", "(min to max)", "pass s", "measured", "TTFT p50 s", "TTFT p95 s",
             "TTFT alone s", "rows", "ms/step", "limit ms", "of limit", "prefixd is",
         )  # fmt: skip
-        rows = [head, *(self._row(result) for result in self.results)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "| "
-            + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in cells)
-            + " |"
-            for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
-        ]
-        rule = (
-            "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-        )
-        return "\n".join([lines[0], rule, *lines[1:]])
+        return markdown_table([head, *(self._row(result) for result in self.results)])
 
     def _row(self, result: Result) -> tuple[str, ...]:
         speeds = [r.tokens_per_second for r in result.rounds]
@@ -241,6 +230,17 @@ class Report:
             "load_average_by_round": [r.load_average for r in result.rounds],
             "other_cores_by_round": [r.other_cores for r in result.rounds],
         }
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head; the first column stands left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in cells) + " |"
+        for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def _describe_agreement(pair: tuple[str, str], found: Agreement) -> str:
