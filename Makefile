@@ -46,7 +46,7 @@ check: .venv/.dev ## lint, format, types, import contracts: all that is quick an
 bench: .venv/.dev ## measure prefixd against PEFT on this machine
 	$(BIN)/python benchmarks/peft_comparison.py $(ARGS)
 
-bench-methods: .venv/.dev ## prefixes, LoRA, fine-tuning on the demo's tasks, over an hour; goes on where it stopped
+bench-methods: .venv/.dev ## prefixes, LoRA, fine-tuning on the demo's tasks, about two hours; goes on where it stopped
 	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 fuzz: .venv/.dev ## a million hostile uploads against the validator; ARGS="--jobs 8 --seed 2"

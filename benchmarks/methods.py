@@ -2,14 +2,14 @@
 
 **What is measured.** The bundled base in float32 on the CPU learns each of the demo's five tasks by
 
-* a **prefix, direct**: keys and values themselves (`prefixd train`, used as a library), 16 virtual tokens;
+* a **prefix, direct**: keys and values themselves (`prefixd train`, used as a library), 16 virtual tokens, record-qa 32;
 * a **prefix, MLP**: Li & Liang's reparameterization, folded away when it is stored;
-* **prompt tuning**: 16 embeddings at the input layer (PEFT);
+* **prompt tuning**: as many embeddings at the input layer (PEFT);
 * **LoRA**: rank 4 on all linear layers (PEFT);
 * **full fine-tuning** of all weights (transformers).
 
-All see the same 2,000 examples in the same order, in batches of 16 for 400 steps (record-qa: 800, because prefixes stand on
-a plateau there first), with the same loss on the answer's tokens, AdamW, warm-up, cosine, clipping; each keeps the best of
+All see the same 2,000 examples in the same order, in batches of 16, for the steps that the demo's own prefix of the task has
+(400 to 1,200), with the same loss on the answer's tokens, AdamW, warm-up, cosine, clipping; each keeps the best of
 ten evaluations by the loss on 100 held-out examples. Prefixes and soft prompts begin as the same text. The learning rate of
 each method is the best of three, on one task with one seed, **by the held-out examples**; test items decide nothing.
 

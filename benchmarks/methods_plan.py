@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from demo.build.tasks import TASKS
+
 Method = Literal["direct", "mlp", "prompt", "lora", "full"]
 Stage = Literal["tune", "compare", "low-data", "lengths", "serving", "report"]
 
@@ -61,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Everything that is varied. `long_tasks` get `long_steps`. `rates`: what is tried for each method."""
+    """Everything that is varied. `steps` and `num_virtual_tokens`: by task. `rates`: what is tried for each method."""
 
     tasks: Sequence[str]
     tune_task: str
@@ -73,13 +75,12 @@ class Grid:
     low_data_sizes: Sequence[int]
     lengths: Sequence[int]
     length_seeds: Sequence[int]
-    steps: int
-    long_steps: int
-    long_tasks: Sequence[str]
+    steps: Mapping[str, int]
     num_training: int
     num_validation: int
     num_test: int
-    num_virtual_tokens: int
+    num_virtual_tokens: Mapping[str, int]
+    serving_virtual_tokens: int
     serving_tasks: Sequence[int]
     serving_requests: int
     serving_tokens: int
@@ -96,14 +97,14 @@ class Grid:
         length: int | None = None,
     ) -> Run:
         """With the grid's own data size and prefix length where none is given."""
-        count = length or self.num_virtual_tokens
+        count = length or self.num_virtual_tokens[task]
         return Run(
             method=method,
             task=task,
             learning_rate=rate,
             seed=seed,
             num_training=size or self.num_training,
-            num_steps=self.long_steps if task in self.long_tasks else self.steps,
+            num_steps=self.steps[task],
             num_virtual_tokens=count if method in BEHIND_PREFIX else 0,
         )
 
@@ -158,13 +159,7 @@ class Grid:
 
 
 FULL: Final = Grid(
-    tasks=(
-        "record-to-sentence",
-        "sentence-to-record",
-        "casual-rewrite",
-        "sentiment",
-        "record-qa",
-    ),
+    tasks=tuple(TASKS),
     tune_task="record-to-sentence",
     low_data_task="record-to-sentence",
     length_tasks=("record-to-sentence", "casual-rewrite"),
@@ -180,13 +175,12 @@ FULL: Final = Grid(
     low_data_sizes=(50, 200, 500),
     lengths=(1, 2, 4, 8, 16, 32),
     length_seeds=(0,),
-    steps=400,
-    long_steps=800,
-    long_tasks=("record-qa",),
+    steps={name: task.steps for name, task in TASKS.items()},
     num_training=2_000,
     num_validation=100,
     num_test=500,
-    num_virtual_tokens=16,
+    num_virtual_tokens={name: task.num_virtual_tokens for name, task in TASKS.items()},
+    serving_virtual_tokens=16,
     serving_tasks=(1, 8, 32),
     serving_requests=32,
     serving_tokens=32,
@@ -210,13 +204,12 @@ SMALL: Final = Grid(
     low_data_sizes=(8,),
     lengths=(2, 4),
     length_seeds=(0,),
-    steps=4,
-    long_steps=8,
-    long_tasks=(),
+    steps={"sentiment": 4},
     num_training=32,
     num_validation=4,
     num_test=8,
-    num_virtual_tokens=4,
+    num_virtual_tokens={"sentiment": 4},
+    serving_virtual_tokens=4,
     serving_tasks=(1, 2),
     serving_requests=4,
     serving_tokens=4,

@@ -157,7 +157,7 @@ def readme_table(found: Mapping[str, Any], grid: Grid) -> str:
         "stored",
         "kB",
         *(f"{task}, %" for task in grid.tasks),
-        f"{grid.steps} steps, s",
+        f"{grid.steps[grid.tune_task]} steps, s",
         "peak, MiB",
         *(f"{count} task{'s' * (count != '1')}, tokens/s" for count in counts),
         f"{most} tasks, MB",

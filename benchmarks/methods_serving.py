@@ -140,7 +140,7 @@ def measure(model_dir: Path, grid: Grid, progress: Callable[[str], None]) -> dic
             workload = Workload(
                 num_tasks=num_tasks,
                 requests_per_task=grid.serving_requests // num_tasks,
-                num_virtual_tokens=grid.num_virtual_tokens,
+                num_virtual_tokens=grid.serving_virtual_tokens,
                 prompt_len=PROMPT_LEN,
                 output_len=grid.serving_tokens,
             )
