@@ -38,7 +38,7 @@ GREEDY = SamplingParams(max_tokens=16, temperature=0.0, stop=(".",))
 def make_world(num_records: int, seed: int) -> tuple[list[str], list[tuple[str, str, int]]]:
     """A line for each record; (question, value, line) for each question. Names are ones that pretraining had not."""
     rng = seeded(seed)
-    chosen = []
+    chosen: list[tuple[str, dict[str, str]]] = []
     while len(chosen) < num_records:
         domain = rng.choice(["person", "restaurant"])
         chosen.append((domain, make_record(domain, rng, "test", min_fields=6)))

@@ -95,7 +95,7 @@ def _one_seed(
         "test": asdict(evaluate(model, tokenizer, test, prefix)),
         "test_loss": round(_loss(material.base, prefix, test), 5),
     }
-    log.info("%s seed %d: %s", task.name, seed, found)
+    log.info("%s seed %d, validation: %s", task.name, seed, found["validation"])
     return found
 
 

@@ -18,7 +18,7 @@ from demo.build.decoding import complete
 from demo.build.tasks import TASKS, Example, Task, examples
 from demo.build.tokenizer import encode
 
-TEST_SEED: Final = 8_101
+TEST_SEED: Final = 9_203
 NUM_TEST: Final = 500
 NUM_WRONG_TASK: Final = 100
 MAX_NEW_TOKENS: Final = 64
