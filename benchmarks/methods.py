@@ -21,8 +21,8 @@ stopped; a folder belongs to one base.
 
 **How to read the table.** Exact match in percent of 500 test items whose names no text of pretraining has, mean and standard
 deviation over the seeds. `trained` counts the parameters that got a gradient, `stored` those that a task needs afterwards,
-`kB` is their file in float32. `400 steps` is the time of the optimizer steps on record-to-sentence, on one thread beside
-another training; `peak` the memory that training needed beyond the libraries, base included. `tokens/s`: 32 requests at
+`kB` is their file in float32. `400 steps` is the CPU time of the optimizer steps on record-to-sentence, one thread, the median
+step times their number, which other work on the machine moves little; `peak` the memory that training needed beyond the libraries, base included. `tokens/s`: 32 requests at
 once, spread evenly over so many tasks; `MB`: the tensors that the tasks hold, in float32, beside one base; for full
 fine-tuning they are the models themselves. The three methods that end as keys and values before the request are one and
 the same to a server, so they share one measurement.

@@ -47,9 +47,9 @@ from trainer.base import FrozenBase, load_base
 from trainer.config import TrainConfig
 from trainer.errors import Diverged
 from trainer.prefix_cache import KeyValues
-from trainer.records import read_records
+from trainer.records import Record, read_records
 from trainer.run_folder import RunFolder, write_durably
-from trainer.session import gather, train
+from trainer.session import Attachments, gather, train
 
 TRAIN_SEED: Final = 41
 VALIDATION_SEED: Final = 42
@@ -125,7 +125,7 @@ def _trained(run: Run, place: Workplace) -> dict[str, Any]:
     return {
         "run": asdict(run),
         **figures,
-        "seconds": sum(seconds),
+        "seconds": median(seconds) * run.num_steps,
         "median_step_seconds": median(seconds),
         "peak_bytes": max(peak, 0),
         "held_out": judged(run, place, items),
@@ -164,17 +164,30 @@ def _write(path: Path, items: Sequence[Example]) -> Path:
     return path
 
 
+class _Clock:
+    """CPU seconds of each step of a run: from one record of a step to the next, where nothing else came between."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self._since: float | None = None
+
+    def on_record(self, record: Record) -> None:
+        now = time.process_time()
+        if record["kind"] == "step" and self._since is not None:
+            self.step_seconds.append(now - self._since)
+        self._since = now if record["kind"] == "step" else None
+
+
 def _train_prefix(config: TrainConfig) -> dict[str, Any]:
     """By `prefixd train` as a library. A run that diverged counts with its best prefix."""
-    diverged = False
+    diverged, clock = False, _Clock()
     try:
-        train(config)
+        train(config, Attachments(observers=[clock]))
     except Diverged:
         diverged = True
     folder = RunFolder(config.output)
     records = read_records(folder.log)
     [begin] = [r for r in records if r["kind"] == "begin"]
-    steps = [r for r in records if r["kind"] == "step"]
     best = min((r for r in records if r["kind"] == "held_out"), key=lambda r: float(r["loss"]))
     return {
         "num_trained": begin["num_parameters"],
@@ -183,7 +196,7 @@ def _train_prefix(config: TrainConfig) -> dict[str, Any]:
         "best_step": best["step"],
         "held_out_loss": best["loss"],
         "diverged": diverged,
-        "step_seconds": [r["num_tokens"] / r["tokens_per_second"] for r in steps],
+        "step_seconds": clock.step_seconds,
     }
 
 
