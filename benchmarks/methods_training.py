@@ -165,7 +165,7 @@ def _write(path: Path, items: Sequence[Example]) -> Path:
 
 
 class _Clock:
-    """CPU seconds of each step of a run: from one record of a step to the next, where nothing else came between."""
+    """CPU seconds of each step of a run: from the record before it to its own. Behind an evaluation a checkpoint is in it too."""
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
@@ -175,7 +175,7 @@ class _Clock:
         now = time.process_time()
         if record["kind"] == "step" and self._since is not None:
             self.step_seconds.append(now - self._since)
-        self._since = now if record["kind"] == "step" else None
+        self._since = now
 
 
 def _train_prefix(config: TrainConfig) -> dict[str, Any]:

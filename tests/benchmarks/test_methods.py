@@ -171,12 +171,12 @@ def test_a_run_of_two_stages_is_made_once_and_with_all_its_test_items() -> None:
     assert max(job.num_test for job in distinct(FULL.tune())) == 0
 
 
-def test_the_whole_plan_has_three_seeds_and_fits_into_an_hour_and_a_half() -> None:
+def test_the_whole_plan_has_three_seeds_and_fits_into_two_hours() -> None:
     rates = {method: FULL.rates[method][1] for method in METHODS}
     jobs = distinct(job for stage in STAGES for job in FULL.jobs(stage, rates))
 
     assert len(FULL.compare(rates)) == len(METHODS) * len(FULL.tasks) * 3
-    assert sum(map(expected_seconds, jobs)) / 2 < 90 * 60
+    assert sum(map(expected_seconds, jobs)) / 2 < 120 * 60
 
 
 def kept_tuning(
