@@ -7,6 +7,7 @@ some later builds left rows unwritten with one.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,22 +21,22 @@ from server.model.attention.base import AttentionParams
 from server.model.forward_batch import ForwardBatch
 
 
-def _find() -> Callable[..., Any] | None:
-    """torch's function, or None where this torch has none that takes a window."""
+@functools.cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    """torch's function, or None where this torch has none that takes a window. Its import takes seconds."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" not in parameters:
+        return None
+    # From torch 2.12 on it wants to be told what its kernel always did.
+    if "enable_gqa" in parameters:
+        return functools.partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
 
 
-_varlen_attn: Final = _find()
-# From torch 2.12 on it wants to be told what its kernel always did.
-_GROUPED: Final[dict[str, bool]] = (
-    {"enable_gqa": True}
-    if _varlen_attn is not None and "enable_gqa" in inspect.signature(_varlen_attn).parameters
-    else {}
-)
 _DTYPES: Final = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM: Final = 256
 
@@ -73,8 +74,7 @@ def can_attend(queries: Tensor, layer: LayerKV, params: AttentionParams) -> bool
     """Whether torch's function takes these heads, this dtype and device, and the layer asks for no more than it has."""
     head_dim = layer.keys.shape[-1]
     return (
-        _varlen_attn is not None
-        and queries.is_cuda
+        queries.is_cuda
         and queries.dtype == layer.keys.dtype
         and queries.dtype in _DTYPES
         and head_dim == layer.values.shape[-1]
@@ -82,6 +82,7 @@ def can_attend(queries: Tensor, layer: LayerKV, params: AttentionParams) -> bool
         and head_dim <= _MAX_HEAD_DIM
         and params.softcap is None
         and params.sinks is None
+        and _varlen_attn() is not None
     )
 
 
@@ -89,11 +90,12 @@ def attend_ragged(
     queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch, out: Tensor
 ) -> None:
     """Writes the results of the rows of several tokens into `out` [T, Hq, Dv]; `can_attend` has agreed."""
-    assert _varlen_attn is not None
+    attend = _varlen_attn()
+    assert attend is not None
     rows = batch.derive(RaggedRows, lambda: RaggedRows.of(batch))
     # Its window is counted in keys before the token, ours with the token itself.
     left = -1 if params.window is None else params.window - 1
-    out[rows.tokens] = _varlen_attn(
+    out[rows.tokens] = attend(
         queries[rows.tokens],  # [n, Hq, D]
         layer.keys[rows.kv_slots],  # [L, H, D]
         layer.values[rows.kv_slots],
@@ -103,5 +105,4 @@ def attend_ragged(
         rows.max_kv_len,
         scale=params.scale,
         window_size=(left, 0),
-        **_GROUPED,
     )
