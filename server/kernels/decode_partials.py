@@ -11,13 +11,15 @@ matrix row has its own maximum and sum. So a row's bits are the same whoever sha
 R rows, Hq query heads, H kv heads, G = Hq / H, Dk and Dv head dims, S slots, N partial results.
 """
 
-# mypy: disable-error-code="untyped-decorator"
-# (triton may be absent where types are checked, and `jit` is then of no known type)
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# ruff: noqa: ANN001, ANN202
+# (triton compiles annotations too, and takes none but its own; where it is absent `jit` is of no known type)
 
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
@@ -28,18 +30,32 @@ from server.kernels.work_tables import NUM_ITEM_FIELDS, WorkTables
 
 MAX_HEAD_DIM: Final = 256
 LOG2_E: Final = math.log2(math.e)  # exponentials are taken to base 2, which the hardware has
-_BLOCK_M: Final = 32  # rows of the matrix; more for a group of more query heads
-_BLOCK_N: Final = 64  # keys of a tile; divides the chunk
-_BLOCK_N_WIDE: Final = 32  # of wide heads and of float32, where 64 would not fit shared memory
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a program works: `block_m` matrix rows, `block_n` keys at a time, which divide the chunk."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, values: Tensor) -> Tiles:
+        """By the shapes alone. Wide heads and float32 take fewer keys, or shared memory would not hold them."""
+        wide = max(keys.shape[-1], values.shape[-1]) > 128 or keys.element_size() > 2
+        return cls(block_m=block_m(queries.shape[1] // keys.shape[1]), block_n=32 if wide else 64)
+
+
+def block_m(group: int) -> int:
+    """Matrix rows for `group` query heads to a kv head: 32, or more if they alone need more."""
+    return max(32, int(triton.next_power_of_2(group)))
 
 
 def rows_per_item(group: int) -> int:
-    """How many rows an item may have, for `group` query heads to a kv head."""
-    return _block_m(group) // group
-
-
-def _block_m(group: int) -> int:
-    return max(_BLOCK_M, int(triton.next_power_of_2(group)))
+    """How many rows an item may have."""
+    return block_m(group) // group
 
 
 def _padded(head_dim: int) -> int:
@@ -49,26 +65,26 @@ def _padded(head_dim: int) -> int:
 
 @triton.jit
 def _decode_partials_kernel(
-    queries: Any,  # [T, Hq, Dk]
-    keys: Any,  # [S, H, Dk]
-    values: Any,  # [S, H, Dv]
-    partial_out: Any,  # [N, Hq, Dv] float32
-    partial_lse: Any,  # [N, Hq] float32, base 2
-    items: Any,
-    tokens: Any,
-    kv_lens: Any,
-    prefix_lens: Any,
-    part_offsets: Any,
-    block_table: Any,
-    q_stride_token: Any,
-    q_stride_head: Any,
-    k_stride_slot: Any,
-    k_stride_head: Any,
-    v_stride_slot: Any,
-    v_stride_head: Any,
-    table_width: Any,
-    scale: Any,
-    num_query_heads: Any,
+    queries,  # [T, Hq, Dk]
+    keys,  # [S, H, Dk]
+    values,  # [S, H, Dv]
+    partial_out,  # [N, Hq, Dv] float32
+    partial_lse,  # [N, Hq] float32, base 2
+    items,
+    tokens,
+    kv_lens,
+    prefix_lens,
+    part_offsets,
+    block_table,
+    q_stride_token,
+    q_stride_head,
+    k_stride_slot,
+    k_stride_head,
+    v_stride_slot,
+    v_stride_head,
+    table_width,
+    scale,
+    num_query_heads,
     GROUP: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -81,7 +97,7 @@ def _decode_partials_kernel(
     LOG2E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-) -> None:
+):
     kv_head = tl.program_id(0)
     item = items + tl.program_id(1) * ITEM_FIELDS
     num_rows = tl.load(item + 1)
@@ -170,20 +186,19 @@ def decode_partials(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    num_warps: int = 4,
-    num_stages: int = 2,
-    block_n: int | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Partial results [N, Hq, Dv] and their log-sum-exps [N, Hq] to base 2, float32.
 
-    `queries` [T, Hq, Dk], `keys` [S, H, Dk], `values` [S, H, Dv], all with a last stride of 1.
+    `queries` [T, Hq, Dk], `keys` [S, H, Dk], `values` [S, H, Dv], all with a last stride of 1. `tiles` are for
+    measurements: an item of the tables must not have more rows than they hold.
     """
     (_, Hq, DK), (_, H, DV) = queries.shape, values.shape
     assert max(DK, DV) <= MAX_HEAD_DIM, "the backend has other means for wider heads"
     assert queries.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
     partial_out = queries.new_empty(tables.shape.num_parts, Hq, DV, dtype=torch.float32)
     partial_lse = queries.new_empty(tables.shape.num_parts, Hq, dtype=torch.float32)
-    wide = _padded(max(DK, DV)) > 128 or keys.element_size() > 2
+    tiles = tiles or Tiles.of(queries, keys, values)
     _decode_partials_kernel[(H, tables.shape.num_items)](
         queries,
         keys,
@@ -215,10 +230,11 @@ def decode_partials(
         SOFTCAP=softcap or 0.0,
         ITEM_FIELDS=NUM_ITEM_FIELDS,
         LOG2E=LOG2_E,
-        BLOCK_M=_block_m(Hq // H),
-        BLOCK_N=block_n or (_BLOCK_N_WIDE if wide else _BLOCK_N),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        enable_fp_fusion=True,  # said, because triton's default changes
     )
     return partial_out, partial_lse
 

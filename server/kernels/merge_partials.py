@@ -7,14 +7,15 @@ that the bits depend on the row alone. A layer's sinks take part here: they belo
 R rows, Hq query heads, Dv head dim, N partial results.
 """
 
-# mypy: disable-error-code="untyped-decorator"
-# (triton may be absent where types are checked, and `jit` is then of no known type)
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# ruff: noqa: ANN001, ANN202
+# (triton compiles annotations too, and takes none but its own; where it is absent `jit` is of no known type)
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -29,21 +30,21 @@ _PARTS_AT_ONCE: Final = 8
 
 @triton.jit
 def _merge_partials_kernel(
-    partial_out: Any,  # [N, Hq, Dv] float32
-    partial_lse: Any,  # [N, Hq] float32, base 2
-    sinks: Any,  # [Hq], read if HAS_SINKS
-    out: Any,  # [T, Hq, Dv]
-    tokens: Any,
-    part_offsets: Any,
-    out_stride_token: Any,
-    out_stride_head: Any,
-    num_query_heads: Any,
+    partial_out,  # [N, Hq, Dv] float32
+    partial_lse,  # [N, Hq] float32, base 2
+    sinks,  # [Hq], read if HAS_SINKS
+    out,  # [T, Hq, Dv]
+    tokens,
+    part_offsets,
+    out_stride_token,
+    out_stride_head,
+    num_query_heads,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     LOG2E: tl.constexpr,
     PARTS: tl.constexpr,
-) -> None:
+):
     head = tl.program_id(0)
     row = tl.program_id(1)
     first = tl.load(part_offsets + row)
@@ -59,6 +60,7 @@ def _merge_partials_kernel(
         where = part.to(tl.int64) * num_query_heads + head
         lse = tl.load(partial_lse + where, mask=part < last, other=float("-inf"))
         top = tl.maximum(top, tl.max(lse, 0))
+    top = tl.where(top == float("-inf"), 0.0, top)  # of a row that went non-finite
     total = tl.zeros([], tl.float32)
     if HAS_SINKS:
         total = tl.exp2(sink - top)
@@ -108,6 +110,7 @@ def merge_partials(
         LOG2E=LOG2_E,
         PARTS=_PARTS_AT_ONCE,
         num_warps=1,
+        enable_fp_fusion=True,  # said, because triton's default changes
     )
 
 
