@@ -251,10 +251,10 @@ def run_inside(arguments: argparse.Namespace) -> None:
         sizes=CPU_SIZES if arguments.tiny else GPU_SIZES,
         shapes=shapes,
     )
-    with torch.inference_mode():
-        for name in arguments.stage:
-            for figure in STAGES[name].run(scene):
-                print(_MARK + json.dumps(figure.as_dict()), flush=True)
+    # Not in inference mode: tensors that are made in it can not be written by a peer's own thread.
+    for name in arguments.stage:
+        for figure in STAGES[name].run(scene):
+            print(_MARK + json.dumps(figure.as_dict()), flush=True)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,8 @@ def kernel_sweep(
                 continue
             if ms < best:
                 best, described = ms, f"block_n {block_n}, {num_warps} warps, {num_stages} stages"
-        yield Figure("kernels", f"{name} best tiles", best, "ms", least, note=described)
+        if math.isfinite(best):
+            yield Figure("kernels", f"{name} best tiles", best, "ms", least, note=described)
 
 
 def grouped_kernels(

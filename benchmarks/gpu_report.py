@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -25,6 +26,11 @@ class StageResult:
         """One line."""
         end = "done" if self.error is None else f"FAILED: {self.error}"
         return f"{self.name}: {len(self.figures)} figures in {self.seconds:.0f} s, {end}"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for the others, and a NaN from a broken kernel must not cost the whole report."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +102,15 @@ class GpuReport:
             "benchmark": "gpu",
             "command": self.command,
             "machine": asdict(self.machine) | {"gpu": self.gpu},
-            "ratios": {f.name: f.value for f in self._all() if f.unit == "x"},
+            "ratios": {f.name: _finite(f.value) for f in self._all() if f.unit == "x"},
             "figures": [
-                f.as_dict() | {"share_of_limit": self.share(f), "target": f.target, "met": f.met}
+                f.as_dict()
+                | {
+                    "value": _finite(f.value),
+                    "share_of_limit": self.share(f),
+                    "target": f.target,
+                    "met": f.met,
+                }
                 for f in self._all()
             ],
             "stages": {r.name: {"seconds": r.seconds, "error": r.error} for r in self.results},

@@ -107,6 +107,15 @@ def test_a_failed_stage_leaves_the_others_and_says_so() -> None:
     assert len(shown.figures()["figures"]) == 2
 
 
+def test_a_kernel_that_gives_nan_costs_nobody_the_report() -> None:
+    broken = Figure("correctness", "plain", float("nan"), "relative error")
+    shown = report(StageResult("correctness", (broken,), 1.0))
+
+    assert gpu.read_figures("FIGURE " + json.dumps(broken.as_dict()) + "\n")[0].name == "plain"
+    json.dumps(shown.figures(), allow_nan=False)
+    assert "nan" in shown.text()
+
+
 def test_all_stages_together_fit_nine_minutes_or_are_cut_to_it() -> None:
     arguments = gpu.parse_arguments([])
 
