@@ -6,6 +6,8 @@ PYTHON ?= python3
 # leaves it. For a GPU: make install TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Only for test-kernels: 286 MB that a CPU has no other use for. Where torch is the CUDA build it has its own.
+TRITON ?= triton==3.9.0
 
 BIN := .venv/bin
 # --no-compile, then one import: pip would compile all of torch and transformers, twice the time of the rest,
@@ -17,7 +19,7 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve demo-model test check bench bench-methods fuzz kill-loop crash fmt clean
+.PHONY: help install demo serve demo-model test test-kernels check bench bench-methods bench-gpu fuzz kill-loop crash fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +39,11 @@ demo-model: .venv/.dev ## train the bundled base model and its tasks anew, in un
 test: .venv/.dev ## run the tests; ARGS="-k scheduler" for some of them, "-n 0" for one process
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile --durations 15 $(ARGS)
 
+# One process: the kernels' tests share what is slow, importing triton. Once it is there, "make test" runs them too.
+test-kernels: .venv/.kernels ## run the tests of the GPU kernels, on the CPU in Triton's interpreter
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations 5 tests/server/kernels tests/server/model/test_attention.py \
+	  tests/server/model/test_attention_choice.py tests/parity/test_transformers.py $(ARGS)
+
 check: .venv/.dev ## lint, format, types, import contracts: all that is quick and runs nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +55,9 @@ bench: .venv/.dev ## measure prefixd against PEFT on this machine
 
 bench-methods: .venv/.dev ## prefixes, LoRA, fine-tuning on the demo's tasks, about two hours; goes on where it stopped
 	$(BIN)/python -m benchmarks.methods $(ARGS)
+
+bench-gpu: .venv/.runtime ## measure a CUDA machine, its kernels and the engine on it, in at most nine minutes
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 fuzz: .venv/.dev ## a million hostile uploads against the validator; ARGS="--jobs 8 --seed 2"
 	$(BIN)/python -m tests.hostile.fuzz $(ARGS)
@@ -87,3 +97,7 @@ $(BIN)/python:
 	$(INSTALL) -c constraints.txt -e '.[dev]'
 	-@$(WARM)
 	@touch .venv/.runtime $@
+
+.venv/.kernels: .venv/.dev
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) --no-deps '$(TRITON)'
+	@touch $@

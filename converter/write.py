@@ -135,7 +135,7 @@ def _bake(converted: Converted, base: Base | None) -> LayerTensors:
     limit = base.model.position_limit
     if limit is not None and soft.num_virtual_tokens >= limit:
         raise ConversionRefused(f"{soft.num_virtual_tokens} tokens, the base has {limit} positions")
-    bake = Baker(base.model, make_attention_backend("auto")).start(soft)
+    bake = Baker(base.model, make_attention_backend("auto", base.model.device)).start(soft)
     while not bake.step():
         pass
     return bake.result()

@@ -153,7 +153,8 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
             f"max_num_batched_tokens is {config.max_num_batched_tokens}, expected at least max_num_seqs "
             f"({config.max_num_seqs}): each running sequence decodes one token a step"
         )
-    backend = make_attention_backend(config.attention)
+    device = pick_device(config.device)
+    backend = make_attention_backend(config.attention, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     source = demo.MODEL_DIR if config.model is None else Path(config.model).expanduser()
@@ -166,7 +167,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     source_id: str | Path = source if source.is_dir() else str(config.model)
     model = load_model(
         source_id,
-        device=pick_device(config.device),
+        device=device,
         dtype=_dtype(config),
         revision=config.revision,
         model_id=config.served_model_name or (DEMO_MODEL_ID if config.model is None else None),

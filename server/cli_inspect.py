@@ -237,7 +237,7 @@ def _natural(source: str, prefix: Prefix) -> tuple[LayerNorms, ...]:
             f"{got[0]}; {model.model_id} has {len(expected)}, the first of {expected[0]}"
         )
     token_ids = Tokenizer.load(source).encode(TEXT)
-    return natural_norms(model, make_attention_backend(config.attention), token_ids)
+    return natural_norms(model, make_attention_backend(config.attention, model.device), token_ids)
 
 
 def _foreign(file: TensorFile, reason: MalformedArtifact) -> list[RenderableType]:

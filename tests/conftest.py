@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread, a clean environment."""
+"""Shared by all tests: one torch thread, a clean environment, kernels on the CPU where there is no GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 
 # Tiny tensors: a second thread costs more than it computes, and the test runner uses the other core.
 torch.set_num_threads(1)
+
+# Read by triton when it is imported, which no test has done yet.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

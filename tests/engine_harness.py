@@ -111,7 +111,7 @@ class Harness:
         self.blocks = BlockPool(self.num_blocks, self.block_size)
         self.resident = ResidentPrefixes(self.blocks)
         cache = KVCache(self.model.layout, self.num_blocks, self.block_size, self.model.device)
-        attention = PagedAttention(make_attention_backend(self.attention), cache)
+        attention = PagedAttention(make_attention_backend(self.attention, self.model.device), cache)
         self.model.connect(attention)
         self.runner = ModelRunner(self.model, cache, attention)
         limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.eos_token_ids)

@@ -182,7 +182,7 @@ class EngineInProcess:
         return assemble_engine(
             config,
             self._model,
-            make_attention_backend(config.attention),
+            make_attention_backend(config.attention, self._model.device),
             self._tokenizer,
             self._store,
             plan_for(config, self._model),

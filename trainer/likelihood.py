@@ -67,7 +67,7 @@ def token_losses(
     """
     packs = _packs([len(text.fed) for text in texts])
     cache, prefix_blocks, pool = _make_cache(model, prefix, texts, packs)
-    attention = PagedAttention(make_attention_backend("auto"), cache)
+    attention = PagedAttention(make_attention_backend("auto", model.device), cache)
     losses: list[list[Tensor]] = [[] for _ in texts]
     blocks: dict[int, list[int]] = {}
     with torch.inference_mode(), model.connected(attention):

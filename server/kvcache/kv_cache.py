@@ -32,6 +32,12 @@ class LayerKV:
         self.values.index_copy_(0, slots, values.to(self.values.dtype))
 
 
+def slots_of(block_ids: Sequence[int], block_size: int, num_tokens: int) -> Tensor:
+    """Slots [num_tokens] of the first tokens of a block table, int64, on the host."""
+    blocks = torch.tensor(block_ids, dtype=torch.int64)
+    return (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:num_tokens]
+
+
 class KVCache:
     """All layers' pools."""
 
@@ -63,10 +69,8 @@ class KVCache:
         return layout.bytes_per_token * block_size
 
     def slots(self, block_ids: Sequence[int], num_tokens: int) -> Tensor:
-        """Slots [num_tokens] of the first tokens of a block table, int64."""
-        blocks = torch.tensor(block_ids, dtype=torch.int64)
-        offsets = torch.arange(self.block_size)
-        return (blocks[:, None] * self.block_size + offsets).flatten()[:num_tokens]
+        """`slots_of` with this pool's block size."""
+        return slots_of(block_ids, self.block_size, num_tokens)
 
     def write_prefix(self, block_ids: Sequence[int], prefix: Prefix) -> None:
         """Copies a prefix into its blocks; the tail of the last block stays as it is, unread."""

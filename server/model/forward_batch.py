@@ -8,29 +8,55 @@ T = tokens of the step, R = rows, L = K/V length of a row (prefix and own tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from server.engine.messages import ScheduledRow
-from server.kvcache.kv_cache import KVCache
+from server.kvcache.kv_cache import KVCache, slots_of
+
+_T = TypeVar("_T")
 
 # Gathers of decode rows are padded to a multiple of this. A fixed multiple, and not the longest row as it
 # is, keeps the vectorised sums of a row in the same lanes whatever its batch mates are.
 GATHER_MULTIPLE = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RowSpan:
-    """Row r: its tokens are `first`..`first + num_tokens - 1` of the pack, the last of `kv_len` keys."""
+    """Row r: its tokens are `first`..`first + num_tokens - 1` of the pack, the last of `kv_len` keys.
+
+    The first `prefix_len` keys are in the prefix's blocks, which rows of one prefix have in common.
+    """
 
     first: int
     num_tokens: int
     kv_len: int
-    kv_slots: Tensor  # [kv_len] on the host
+    prefix_len: int
+    prefix_block_ids: tuple[int, ...]
+    own_block_ids: tuple[int, ...]
+    block_size: int
+
+    @cached_property
+    def kv_slots(self) -> Tensor:
+        """[kv_len] on the host; made when asked for, as a backend that reads block tables does without."""
+        own_len = self.kv_len - self.prefix_len
+        prefix = slots_of(self.prefix_block_ids, self.block_size, self.prefix_len)
+        return torch.cat([prefix, slots_of(self.own_block_ids, self.block_size, own_len)])
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """A row of several tokens."""
+
+    first: int
+    num_tokens: int
+    kv_len: int
+    kv_slots: Tensor  # [kv_len] on the device
 
 
 @dataclass(frozen=True)
@@ -81,13 +107,23 @@ class ForwardBatch:
         )
 
     @cached_property
-    def prefill_rows(self) -> tuple[RowSpan, ...]:
+    def prefill_rows(self) -> tuple[PrefillRow, ...]:
         """Rows of several tokens, with their slots on the device."""
         return tuple(
-            RowSpan(row.first, row.num_tokens, row.kv_len, row.kv_slots.to(self.device))
+            PrefillRow(row.first, row.num_tokens, row.kv_len, row.kv_slots.to(self.device))
             for row in self.rows
             if row.num_tokens > 1
         )
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, object]:
+        return {}
+
+    def derive(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What `make` gives, made once per step and key: for what a backend needs in every layer."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]  # type: ignore[return-value] # whoever has the key put it there
 
     @cached_property
     def _masks(self) -> dict[tuple[int, int | None], Tensor]:
@@ -134,16 +170,24 @@ def build_forward_batch(rows: Sequence[ScheduledRow], kv_cache: KVCache) -> Forw
     """Lays the rows of a plan out as tensors on the cache's device."""
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[Tensor] = []
+    slots: list[int] = []
     sampling: list[int] = []
     spans: list[RowSpan] = []
+    size = kv_cache.block_size
     for row in rows:
         count, end = len(row.token_ids), row.start + len(row.token_ids)
-        own = kv_cache.slots(row.block_ids, end)
-        prefix = kv_cache.slots(row.prefix_block_ids, row.num_virtual_tokens)
-        kv_slots = torch.cat([prefix, own])
-        spans.append(RowSpan(len(token_ids), count, row.num_virtual_tokens + end, kv_slots))
-        slots.append(own[row.start :])
+        spans.append(
+            RowSpan(
+                first=len(token_ids),
+                num_tokens=count,
+                kv_len=row.num_virtual_tokens + end,
+                prefix_len=row.num_virtual_tokens,
+                prefix_block_ids=row.prefix_block_ids,
+                own_block_ids=row.block_ids,
+                block_size=size,
+            )
+        )
+        slots.extend(row.block_ids[i // size] * size + i % size for i in range(row.start, end))
         token_ids.extend(row.token_ids)
         positions.extend(range(row.first_position + row.start, row.first_position + end))
         if row.sample:
@@ -152,7 +196,7 @@ def build_forward_batch(rows: Sequence[ScheduledRow], kv_cache: KVCache) -> Forw
     return ForwardBatch(
         input_ids=torch.tensor([token_ids]).to(device),
         position_ids=torch.tensor([positions]).to(device),
-        slot_mapping=torch.cat(slots).to(device),
+        slot_mapping=torch.tensor(slots).to(device),
         logits_indices=torch.tensor(sampling, dtype=torch.int64).to(device),
         rows=tuple(spans),
         device=device,

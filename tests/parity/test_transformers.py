@@ -12,6 +12,7 @@ from server.model.loader import adopt_model
 from server.model.self_check import self_check
 from server.types import SamplingParams
 from tests.engine_harness import Harness, generate_with_transformers, random_prefix
+from tests.kernel_support import KERNEL_DEVICE, device_of, needs_triton
 from tests.tiny_models import ARCHITECTURES, VOCAB, tiny_model
 
 PREFIX_LENGTHS = (1, 5, 16, 37, 130)
@@ -59,12 +60,37 @@ def test_tokens_equal_those_of_transformers_on_a_gpu(architecture: str) -> None:
     assert set(map(tuple, harness.run().values())) == {tuple(expected)}
 
 
-@pytest.mark.parametrize("attention", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    "attention", ["reference", "sdpa", pytest.param("triton", marks=needs_triton)]
+)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt_oss"])
 def test_each_attention_backend_passes_the_check_at_load(architecture: str, attention: str) -> None:
-    model = adopt_model(tiny_model(architecture), model_id="tiny")
+    device = device_of(attention)
+    model = adopt_model(tiny_model(architecture).to(device), model_id="tiny")
 
-    assert self_check(model, make_attention_backend(attention)) < 1e-4
+    assert self_check(model, make_attention_backend(attention, device)) < 1e-4
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_the_kernels_give_the_tokens_of_transformers_in_a_batch_of_tasks(architecture: str) -> None:
+    """A prefix that is shared by three rows, one that is short, a request without; one layer kind with a window."""
+    module = tiny_model(architecture).to(KERNEL_DEVICE)
+    model = adopt_model(module, model_id="tiny")
+    greedy = SamplingParams(max_tokens=4, temperature=0.0)
+    long, short = random_prefix(model, 37, seed=37), random_prefix(model, 5, seed=5)
+    jobs = {"a": long, "b": long, "c": short, "d": None, "e": long}
+    prompts = {name: _prompt(i, 3 + i) for i, name in enumerate(jobs)}
+    expected = {
+        name: generate_with_transformers(module, prompts[name], prefix, 4)
+        for name, prefix in jobs.items()
+    }
+
+    harness = Harness(module, attention="triton")
+    for name, prefix in jobs.items():
+        harness.add(name, prompts[name], prefix, greedy)
+
+    assert {name: tokens for (name, _), tokens in harness.run().items()} == expected
 
 
 @pytest.mark.parametrize("num_blocks", [200, 26], ids=["roomy", "tight"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.kvcache.kv_cache import LayerKV
 from server.model.attention.base import AttentionParams
-from server.model.forward_batch import ForwardBatch, causal_mask
+from server.model.forward_batch import ForwardBatch, PrefillRow, RowSpan, causal_mask
 
 
 class ReferenceAttention:
@@ -20,13 +20,17 @@ class ReferenceAttention:
         self, queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch
     ) -> Tensor:
         """[T, Hq, Dk] -> [T, Hq, Dv]."""
-        rows = []
-        for row in batch.rows:
-            q = queries[row.first : row.first + row.num_tokens]  # [n, Hq, Dk]
-            slots = row.kv_slots.to(queries.device)
-            mask = causal_mask(row.num_tokens, row.kv_len, params.window, queries.device)
-            rows.append(attend_exactly(q, layer.keys[slots], layer.values[slots], mask, params))
-        return torch.cat(rows)
+        return torch.cat([attend_row(queries, layer, params, row) for row in batch.rows])
+
+
+def attend_row(
+    queries: Tensor, layer: LayerKV, params: AttentionParams, row: RowSpan | PrefillRow
+) -> Tensor:
+    """One row of a step's queries [T, Hq, Dk] -> [n, Hq, Dv]."""
+    q = queries[row.first : row.first + row.num_tokens]  # [n, Hq, Dk]
+    slots = row.kv_slots.to(queries.device)
+    mask = causal_mask(row.num_tokens, row.kv_len, params.window, queries.device)
+    return attend_exactly(q, layer.keys[slots], layer.values[slots], mask, params)
 
 
 def attend_exactly(

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from server.kvcache.kv_cache import LayerKV
 from server.model.attention.base import AttentionParams
-from server.model.attention.reference import ReferenceAttention
-from server.model.forward_batch import DecodeGroup, ForwardBatch, RowSpan
+from server.model.attention.reference import ReferenceAttention, attend_row
+from server.model.forward_batch import DecodeGroup, ForwardBatch, PrefillRow
 
 
 class SdpaAttention:
@@ -27,22 +27,34 @@ class SdpaAttention:
         self, queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch
     ) -> Tensor:
         """[T, Hq, Dk] -> [T, Hq, Dv]."""
-        if params.softcap is not None or params.sinks is not None or not _fused(layer):
+        if not _fused(layer, params):
             return self._reference.attend(queries, layer, params, batch)
         out = queries.new_empty(*queries.shape[:2], layer.values.shape[-1])
         for index, group in enumerate(batch.decode_groups):
             mask = batch.decode_mask(index, params.window)
             out[group.tokens] = _decode(queries[group.tokens], layer, group, mask, params.scale)
-        for index, row in enumerate(batch.prefill_rows):
-            mask = batch.prefill_mask(index, params.window)
-            span = slice(row.first, row.first + row.num_tokens)
-            out[span] = _prefill(queries[span], layer, row, mask, params.scale)
+        attend_prefill_rows(queries, layer, params, batch, out)
         return out
 
 
-def _fused(layer: LayerKV) -> bool:
+def attend_prefill_rows(
+    queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch, out: Tensor
+) -> None:
+    """Writes the results of the rows of several tokens into `out` [T, Hq, Dv]."""
+    fused = _fused(layer, params)
+    for index, row in enumerate(batch.prefill_rows):
+        span = slice(row.first, row.first + row.num_tokens)
+        if fused:
+            mask = batch.prefill_mask(index, params.window)
+            out[span] = _prefill(queries[span], layer, row, mask, params.scale)
+        else:
+            out[span] = attend_row(queries, layer, params, row)
+
+
+def _fused(layer: LayerKV, params: AttentionParams) -> bool:
     """Whether torch fuses it. Its fallback is a batched product, whose bits depend on who else decodes."""
-    return layer.keys.shape[-1] == layer.values.shape[-1]
+    alike = layer.keys.shape[-1] == layer.values.shape[-1]
+    return alike and params.softcap is None and params.sinks is None
 
 
 def _decode(
@@ -58,7 +70,9 @@ def _decode(
     return out.reshape(B, Hq, -1)
 
 
-def _prefill(queries: Tensor, layer: LayerKV, row: RowSpan, mask: Tensor, scale: float) -> Tensor:
+def _prefill(
+    queries: Tensor, layer: LayerKV, row: PrefillRow, mask: Tensor, scale: float
+) -> Tensor:
     """One row of n tokens: q [n, Hq, Dk] -> [n, Hq, Dv]."""
     n, Hq, D = queries.shape
     H = layer.keys.shape[1]

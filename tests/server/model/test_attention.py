@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,7 +26,12 @@ from server.model.attention import ATTENTION_BACKENDS, make_attention_backend
 from server.model.attention.base import AttentionParams
 from server.model.forward_batch import build_forward_batch
 from server.types import GenerationRequest, SamplingParams
+from tests.kernel_support import device_of, needs_triton
 
+BACKENDS = [
+    pytest.param(name, marks=needs_triton) if name == "triton" else name
+    for name in ATTENTION_BACKENDS
+]
 BLOCK_SIZE = 16
 # num query heads, num kv heads, key dim, value dim
 SHAPES = [(4, 4, 8, 8), (14, 2, 16, 16), (8, 1, 64, 64), (6, 3, 32, 16), (4, 2, 16, 48)]
@@ -34,11 +39,12 @@ SHAPES = [(4, 4, 8, 8), (14, 2, 16, 16), (8, 1, 64, 64), (6, 3, 32, 16), (4, 2, 
 
 @dataclass(frozen=True)
 class Row:
-    """P virtual tokens, `before` own tokens in the cache, n new ones."""
+    """P virtual tokens, `before` own tokens in the cache, n new ones. Rows of one P and task share a prefix."""
 
     P: int
     before: int
     n: int
+    task: str | None = None
 
     @property
     def kv_len(self) -> int:
@@ -46,6 +52,7 @@ class Row:
 
 
 MIX = [Row(0, 0, 5), Row(1, 40, 1), Row(37, 0, 20), Row(130, 3, 1), Row(0, 99, 1), Row(37, 17, 4)]
+MIX += [Row(37, 3, 1, "a"), Row(130, 30, 1, "b"), Row(37, 260, 1, "a"), Row(37, 40, 2, "a")]
 
 
 @dataclass
@@ -55,6 +62,7 @@ class Case:
     rows: Sequence_[Row]
     shape: tuple[int, int, int, int]
     seed: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
 
     def __post_init__(self) -> None:
         Hq, H, Dk, Dv = self.shape
@@ -65,23 +73,29 @@ class Case:
             self.keys.append(torch.randn(row.kv_len, H, Dk, generator=g))
             self.values.append(torch.randn(row.kv_len, H, Dv, generator=g))
             self.queries.append(torch.randn(row.n, Hq, Dk, generator=g))
+            if row.task is not None:
+                g.manual_seed(int.from_bytes(row.task.encode()) + row.P)
+                self.keys[-1][: row.P] = torch.randn(row.P, H, Dk, generator=g)
+                self.values[-1][: row.P] = torch.randn(row.P, H, Dv, generator=g)
         layout = KVLayout((LayerLayout(H, Dk, Dv, None),), "float32")
         num_blocks = 1 + sum(_blocks(r.P) + _blocks(r.before + r.n) for r in self.rows)
         free = list(range(1, num_blocks))
         random.Random(self.seed).shuffle(free)
-        cache = KVCache(layout, num_blocks, BLOCK_SIZE, torch.device("cpu"))
+        cache = KVCache(layout, num_blocks, BLOCK_SIZE, self.device)
         cache.layers[0].keys[BLOCK_SIZE:] = math.nan  # what is not written must not be read
         cache.layers[0].values[BLOCK_SIZE:] = math.nan
+        self._prefixes: dict[tuple[int, str], tuple[int, ...]] = {}
         plan = tuple(self._lay(cache, i, free) for i in range(len(self.rows)))
         self.batch = build_forward_batch(plan, cache)
         self.layer: LayerKV = cache.layers[0]
 
     def _lay(self, cache: KVCache, index: int, free: list[int]) -> ScheduledRow:
         row = self.rows[index]
-        prefix = tuple(free.pop() for _ in range(_blocks(row.P)))
+        prefix = self._prefix_blocks(row, free)
         own = tuple(free.pop() for _ in range(_blocks(row.before + row.n)))
         slots = torch.cat([cache.slots(prefix, row.P), cache.slots(own, row.before + row.n)])
-        cache.layers[0].write(slots, self.keys[index], self.values[index])
+        keys, values = self.keys[index].to(self.device), self.values[index].to(self.device)
+        cache.layers[0].write(slots.to(self.device), keys, values)
         request = GenerationRequest("r", (1,), SamplingParams())
         return ScheduledRow(
             sequence=Sequence(request, 0, 0, 0.0),
@@ -94,10 +108,18 @@ class Case:
             sample=True,
         )
 
+    def _prefix_blocks(self, row: Row, free: list[int]) -> tuple[int, ...]:
+        """Blocks of its own for a row without a task, else those that the task's first row took."""
+        taken = tuple(free.pop() for _ in range(_blocks(row.P)))
+        return taken if row.task is None else self._prefixes.setdefault((row.P, row.task), taken)
+
     def run(self, backend: str, params: AttentionParams) -> list[Tensor]:
         """Output of each row."""
-        attend = make_attention_backend(backend).attend
-        out = attend(torch.cat(self.queries), self.layer, params, self.batch)
+        attend = make_attention_backend(backend, self.device).attend
+        queries = torch.cat(self.queries).to(self.device)
+        if params.sinks is not None:
+            params = replace(params, sinks=params.sinks.to(self.device))
+        out = attend(queries, self.layer, params, self.batch).cpu()
         return list(torch.split(out, [row.n for row in self.rows]))
 
     def expected(self, params: AttentionParams) -> list[Tensor]:
@@ -149,27 +171,29 @@ def params_for(shape: tuple[int, int, int, int], feature: str) -> AttentionParam
     "feature", ["plain", "window", "window of one", "softcap", "sinks", "everything"]
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mixed_step_equals_attention_written_out(
     backend: str, shape: tuple[int, int, int, int], feature: str
 ) -> None:
-    case, params = Case(MIX, shape), params_for(shape, feature)
+    params = params_for(shape, feature)
+    case = Case(MIX, shape, device=device_of(backend))
 
     for ours, expected in zip(case.run(backend, params), case.expected(params), strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("P", [0, 1, 37, 130])
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prompt_in_chunks_equals_the_prompt_at_once(backend: str, P: int) -> None:
     shape = SHAPES[1]
-    whole = Case([Row(P, 0, 50)], shape)
+    device = device_of(backend)
+    whole = Case([Row(P, 0, 50)], shape, device=device)
     params = params_for(shape, "plain")
     (expected,) = whole.run(backend, params)
     for cut in (1, 16, 17, 49):
-        case = Case([Row(P, cut, 50 - cut)], shape)
-        case.layer.keys[case.batch.rows[0].kv_slots] = whole.keys[0]
-        case.layer.values[case.batch.rows[0].kv_slots] = whole.values[0]
+        case = Case([Row(P, cut, 50 - cut)], shape, device=device)
+        case.layer.keys[case.batch.rows[0].kv_slots] = whole.keys[0].to(device)
+        case.layer.values[case.batch.rows[0].kv_slots] = whole.values[0].to(device)
         case.queries[0] = whole.queries[0][cut:]
         (ours,) = case.run(backend, params)
 
@@ -178,12 +202,13 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once(backend: str, P: int) -> N
 
 @pytest.mark.parametrize("feature", ["plain", "window", "everything"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_decode_row_is_the_same_to_the_bit_alone_and_in_any_batch(
     backend: str, shape: tuple[int, int, int, int], feature: str
 ) -> None:
     """The second promise: who else decodes in a step must not change a request's tokens."""
     params = params_for(shape, feature)
+    device, num_batches = device_of(backend), 8 if backend != "triton" else 3
     lengths = [
         (0, 0),
         (0, 62),
@@ -196,12 +221,15 @@ def test_a_decode_row_is_the_same_to_the_bit_alone_and_in_any_batch(
         (5, 300),
     ]
     mine = [Row(P, before, 1) for P, before in lengths]
-    alone = {row: Case([row], shape).run(backend, params)[0] for row in mine}
+    mine += [Row(P, before, 1, "a") for P, before in ((37, 3), (37, 70), (130, 4), (130, 9))]
+    alone = {row: Case([row], shape, device=device).run(backend, params)[0] for row in mine}
     rng = random.Random(1)
-    for mates in range(1, 9):
+    for mates in range(1, 1 + num_batches):
         batch = [rng.choice([*mine, Row(0, 0, 7), Row(37, 4, 3)]) for _ in range(mates)]
         batch.insert(rng.randint(0, mates), rng.choice(mine))
-        for row, out in zip(batch, Case(batch, shape).run(backend, params), strict=True):
+        for row, out in zip(
+            batch, Case(batch, shape, device=device).run(backend, params), strict=True
+        ):
             if row.n == 1:
                 assert torch.equal(out, alone[row]), f"{row} among {batch}"
 
@@ -227,5 +255,5 @@ def test_the_null_block_is_all_that_padding_reads() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_valid_names() -> None:
-    with pytest.raises(ConfigError, match="expected one of auto, reference, sdpa"):
+    with pytest.raises(ConfigError, match="expected one of auto, reference, sdpa, triton"):
         make_attention_backend("flash")

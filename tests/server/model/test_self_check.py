@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from server.errors import ModelRefused
 from server.kvcache.kv_cache import LayerKV
 from server.model.attention.base import AttentionParams
 from server.model.attention.reference import ReferenceAttention
-from server.model.forward_batch import ForwardBatch
+from server.model.forward_batch import ForwardBatch, RowSpan
 from server.model.loader import LoadedModel, adopt_model
 from server.model.self_check import self_check
 from tests.tiny_models import tiny_model
@@ -39,17 +40,22 @@ class Broken:
 
 def _without_prefix(batch: ForwardBatch) -> ForwardBatch:
     rows = tuple(
-        dataclasses.replace(r, kv_slots=r.kv_slots[-r.num_tokens :], kv_len=r.num_tokens)
+        dataclasses.replace(r, prefix_len=0, prefix_block_ids=(), kv_len=r.kv_len - r.prefix_len)
         for r in batch.rows
     )
     return dataclasses.replace(batch, rows=rows)
 
 
+class _KeysMovedByOne(RowSpan):
+    """Each query sees the key after its own; the last sees the first one again."""
+
+    @cached_property
+    def kv_slots(self) -> Tensor:
+        return super().kv_slots.roll(-1)
+
+
 def _last_key_lost(batch: ForwardBatch) -> ForwardBatch:
-    rows = tuple(
-        dataclasses.replace(r, kv_slots=torch.cat([r.kv_slots[1:], r.kv_slots[:1]]))
-        for r in batch.rows
-    )
+    rows = tuple(_KeysMovedByOne(**vars(r)) for r in batch.rows)
     return dataclasses.replace(batch, rows=rows)
 
 
