@@ -41,7 +41,9 @@ def sample(
         elif _argmax_suffices(seq):
             outcomes.append(RowOutcome(token_id=best[row]))
         else:
-            outcomes.append(RowOutcome(token_id=_sample_row(logits[row].float(), seq, eos_token_ids)))
+            outcomes.append(
+                RowOutcome(token_id=_sample_row(logits[row].float(), seq, eos_token_ids))
+            )
     return outcomes
 
 

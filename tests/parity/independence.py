@@ -28,10 +28,10 @@ from tests.tiny_models import VOCAB, tiny_model
 # Wide enough that a product of one row sums in another order than one of several.
 _WIDE: Final = {"hidden_size": 192, "intermediate_size": 3072, "num_hidden_layers": 2}
 MODELS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "llama": ("llama", {}),
+    "llama": ("llama", {"num_hidden_layers": 2}),
     "wide": ("llama", _WIDE),
-    "gpt2": ("gpt2", {}),
-    "mistral": ("mistral", {}),
+    "gpt2": ("gpt2", {"n_layer": 2}),
+    "mistral": ("mistral", {"num_hidden_layers": 2}),
 }
 _PREFIX_LENGTHS: Final = (1, 7, 37, 130)
 _POOL: Final = 36
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass
 class Recorder(Harness):
-    """A harness that keeps the logits of every sampled token, and no answer of a sequence twice differently."""
+    """A harness that keeps the logits of every sampled token."""
 
     logits: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
