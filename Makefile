@@ -19,7 +19,7 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve demo-model test test-kernels check bench bench-methods bench-gpu fuzz kill-loop crash fmt clean
+.PHONY: help install demo serve demo-model test test-kernels check bench bench-methods bench-gpu fuzz independence kill-loop crash fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,6 +61,9 @@ bench-gpu: .venv/.runtime ## measure a CUDA machine, its kernels and the engine 
 
 fuzz: .venv/.dev ## a million hostile uploads against the validator; ARGS="--jobs 8 --seed 2"
 	$(BIN)/python -m tests.hostile.fuzz $(ARGS)
+
+independence: .venv/.dev ## compare requests alone and in 1,000 batches, to the bit; ARGS="--trials 200 --threads 2"
+	$(BIN)/python -m tests.parity.independence $(ARGS)
 
 kill-loop: .venv/.dev ## SIGKILL the server 2,000 times and look for what it acknowledged; ARGS="--cycles 200"
 	$(BIN)/python -m tests.e2e.kill_loop $(ARGS)

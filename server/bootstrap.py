@@ -40,6 +40,7 @@ from server.model.baker import Baker
 from server.model.base_spec import base_spec
 from server.model.device import available_bytes, pick_device
 from server.model.loader import LoadedModel, load_model
+from server.model.prepacked_linear import prepack
 from server.model.prover import Prover
 from server.model.runner import ModelRunner
 from server.model.self_check import self_check
@@ -172,9 +173,10 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
         revision=config.revision,
         model_id=config.served_model_name or (DEMO_MODEL_ID if config.model is None else None),
     )
-    logger.info("self-check: relative difference %.1e", self_check(model, backend))
     tokenizer = Tokenizer.load(source_id, revision=config.revision)
     base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
+    model = prepack(model)  # after the fingerprint of its weights, before its numbers are checked
+    logger.info("self-check: relative difference %.1e", self_check(model, backend))
     pool = plan_for(config, model)
     store = PrefixStore.open(
         config.store_dir,

@@ -63,6 +63,7 @@ class Metrics:
         self._tasks = {BASE_TASK, OTHER_TASKS}
         self._forgotten: dict[str, None] = {}  # the least recently reported first
         self._resident: set[str] = set()
+        self._residents_shown: tuple[str, ...] | None = None  # None: labels may have changed since
         self._declare_requests()
         self._declare_engine()
         self._declare_prefixes()
@@ -265,6 +266,9 @@ class Metrics:
     def _set_residents(self, stats: StepStats) -> None:
         self._tier_bytes.labels("device").set(stats.device_prefix_bytes)
         self._tier_entries.labels("device").set(len(stats.resident_tasks))
+        if stats.resident_tasks is self._residents_shown:
+            return  # most steps change no residency, and there may be thousands
+        self._residents_shown = stats.resident_tasks
         now = {task for task in stats.resident_tasks if self._task_label(task) == task}
         for task in now - self._resident:
             self._resident_gauge.labels(task).set(1)
@@ -304,6 +308,7 @@ class Metrics:
     def welcome_task(self, task: str) -> None:
         """A version of the task was stored: it may have series, also if it was deleted before."""
         self._forgotten.pop(task, None)
+        self._residents_shown = None
 
     def forget_task(self, task: str) -> None:
         """Removes the series of a deleted task; its place goes to the next new one."""
@@ -313,6 +318,7 @@ class Metrics:
         if task not in self._tasks:
             return
         self._tasks.discard(task)
+        self._residents_shown = None
         labelled = [self._requests, self._duration, self._first_token, self._per_token]
         labelled += [self._prompt_tokens, self._output_tokens, self._resident_gauge]
         labelled += [self._role_requests, self._role_failures, self._role_first_token]

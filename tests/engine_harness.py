@@ -26,6 +26,7 @@ from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
 from server.model.loader import LoadedModel, adopt_model
+from server.model.prepacked_linear import prepack
 from server.model.runner import ModelRunner
 from server.types import GenerationRequest, PrefixRef, PrefixTier, SamplingParams
 
@@ -98,6 +99,7 @@ class Harness:
     max_num_batched_tokens: int = 64
     attention: str = "auto"
     load_delay: int = 2
+    prepacked: bool = False
     eos_token_ids: frozenset[int] = frozenset()
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], SequenceOutput] = field(default_factory=dict)
@@ -108,6 +110,8 @@ class Harness:
 
     def __post_init__(self) -> None:
         self.model = adopt_model(self.module, model_id="tiny")
+        if self.prepacked:
+            self.model = prepack(self.model)
         self.blocks = BlockPool(self.num_blocks, self.block_size)
         self.resident = ResidentPrefixes(self.blocks)
         cache = KVCache(self.model.layout, self.num_blocks, self.block_size, self.model.device)

@@ -147,7 +147,7 @@ class EngineCore:
             num_kv_blocks_used=blocks.num_used,
             num_prefix_blocks=prefixes.num_blocks,
             device_prefix_bytes=prefixes.num_blocks * self._parts.block_bytes,
-            resident_tasks=tuple(sorted({e.ref.task for e in prefixes.entries()})),
+            resident_tasks=prefixes.tasks,
             events=events,
         )
 

@@ -380,6 +380,8 @@ class Scheduler:
 
     def _drop_unwanted(self) -> None:
         """Forgets staged prefixes whose last waiting sequence went away."""
+        if not self._staged:
+            return
         wanted = {seq.digest for seq in self._waiting} | self._warm.keys()
         for digest in [d for d in self._staged if d not in wanted]:
             del self._staged[digest]

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from prefix_store.spec import KVLayout, LayerLayout
 from server.errors import ModelRefused
+from server.model.pack_shape import AS_IT_IS, PackShape
 
 ATTENTION_NAME: Final = "prefixd"
 _SERVED_LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
@@ -54,11 +55,8 @@ class LoadedModel:
     device: torch.device
     hidden_size: int | None = None
     num_attention_heads: int | None = None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters, tied ones once."""
-        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+    weight_bytes: int = 0  # of all parameters as loaded, tied ones once
+    pack_shape: PackShape = AS_IT_IS
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, indices: Tensor) -> Tensor:
         """Logits [len(indices), V] at the given tokens of a pack: ids and positions are [1, T]."""
@@ -203,6 +201,7 @@ def adopt_model(module: nn.Module, *, model_id: str) -> LoadedModel:
         # The width of what goes in, which OPT's and others' hidden_size is not.
         hidden_size=getattr(module.get_input_embeddings(), "embedding_dim", None),  # type: ignore[operator]
         num_attention_heads=getattr(text, "num_attention_heads", None),
+        weight_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
     )
 
 

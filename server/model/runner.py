@@ -49,10 +49,11 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, rows: tuple[ScheduledRow, ...]) -> Tensor:
         """Logits [number of sampling rows, V] of one packed forward pass; writes the rows' K/V."""
-        batch = build_forward_batch(rows, self._kv_cache)
+        batch = build_forward_batch(rows, self._kv_cache, self._model.pack_shape)
         self._attention.begin(batch)
         try:
-            return self._model.logits(batch.input_ids, batch.position_ids, batch.logits_indices)
+            logits = self._model.logits(batch.input_ids, batch.position_ids, batch.logits_indices)
+            return logits[: batch.num_logits]
         finally:
             self._attention.end()
 

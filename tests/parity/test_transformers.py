@@ -23,8 +23,11 @@ def _prompt(seed: int, length: int) -> list[int]:
     return [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
 
 
+@pytest.mark.parametrize("prepacked", [False, True], ids=["plain", "prepacked"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tokens_equal_those_of_transformers_for_every_prefix_length(architecture: str) -> None:
+def test_tokens_equal_those_of_transformers_for_every_prefix_length(
+    architecture: str, prepacked: bool
+) -> None:
     module = tiny_model(architecture)
     model = adopt_model(module, model_id="tiny")
     jobs = [(p, random_prefix(model, p, seed=p)) for p in PREFIX_LENGTHS] + [(0, None)]
@@ -36,7 +39,7 @@ def test_tokens_equal_those_of_transformers_for_every_prefix_length(architecture
         "the model is too dull to tell tasks apart"
     )
 
-    harness = Harness(module)
+    harness = Harness(module, prepacked=prepacked)
     for p, prefix in jobs:
         harness.add(str(p), _prompt(p, 9 + p % 7), prefix, GREEDY)
 

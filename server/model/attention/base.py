@@ -4,7 +4,7 @@ Runs on the engine thread during a forward pass. `PagedAttention` is what transf
 `AttentionInterface`); it writes the step's K/V into the pool, then has a backend attend over each row's
 prefix and own tokens. Backends differ in speed only: one contract test suite runs over all of them.
 
-T = tokens of the step, Hq = query heads, H = kv heads, D = head dim.
+T = tokens of the step, T' = those and what fills the pack (`PackShape`), Hq = query heads, H = kv heads, D = head dim.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from server.kvcache.kv_cache import KVCache, LayerKV
 from server.model.forward_batch import ForwardBatch
@@ -63,9 +64,9 @@ class PagedAttention:
     def __call__(
         self,
         module: nn.Module,
-        query: Tensor,  # [1, Hq, T, Dk], after the rotary embedding
-        key: Tensor,  # [1, H, T, Dk]
-        value: Tensor,  # [1, H, T, Dv]
+        query: Tensor,  # [1, Hq, T', Dk], after the rotary embedding
+        key: Tensor,  # [1, H, T', Dk]
+        value: Tensor,  # [1, H, T', Dv]
         attention_mask: None,
         scaling: float | None = None,
         sliding_window: int | None = None,
@@ -73,17 +74,22 @@ class PagedAttention:
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Output [1, T, Hq, Dv] and no weights, as `AttentionInterface` expects."""
+        """Output [1, T', Hq, Dv] and no weights, as `AttentionInterface` expects."""
         assert attention_mask is None, "the load-time probe refuses models that pass masks"
         batch = self._batch
         assert batch is not None, "the model was called outside of a step"
         layer = self._kv_cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
-        layer.write(batch.slot_mapping, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        T = batch.num_tokens  # what only fills the pack has no place in the pool
+        layer.write(
+            batch.slot_mapping, key[0, :, :T].transpose(0, 1), value[0, :, :T].transpose(0, 1)
+        )
         params = AttentionParams(
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             window=sliding_window,
             softcap=softcap,
             sinks=s_aux,
         )
-        out = self._backend.attend(query[0].transpose(0, 1), layer, params, batch)
+        out = self._backend.attend(query[0, :, :T].transpose(0, 1), layer, params, batch)
+        if query.shape[2] > T:
+            out = pad(out, (0, 0, 0, 0, 0, query.shape[2] - T))
         return out[None], None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.kvcache.kv_cache import LayerKV
 from server.model.attention.base import AttentionParams
-from server.model.forward_batch import ForwardBatch, PrefillRow, RowSpan, causal_mask
+from server.model.forward_batch import ForwardBatch, RowSpan, causal_mask
 
 
 class ReferenceAttention:
@@ -23,9 +23,7 @@ class ReferenceAttention:
         return torch.cat([attend_row(queries, layer, params, row) for row in batch.rows])
 
 
-def attend_row(
-    queries: Tensor, layer: LayerKV, params: AttentionParams, row: RowSpan | PrefillRow
-) -> Tensor:
+def attend_row(queries: Tensor, layer: LayerKV, params: AttentionParams, row: RowSpan) -> Tensor:
     """One row of a step's queries [T, Hq, Dk] -> [n, Hq, Dv]."""
     q = queries[row.first : row.first + row.num_tokens]  # [n, Hq, Dk]
     slots = row.kv_slots.to(queries.device)

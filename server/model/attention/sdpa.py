@@ -2,8 +2,12 @@
 
 Two ideas make it fast there. The query heads that share a kv head are packed as query rows of that head,
 so K and V are never repeated; and rows that decode one token are attended together, gathered per bucket
-of K/V length. What the fused kernel lacks (softcap, sinks, keys and values of different width) goes to the
-reference.
+of K/V length. The tokens of a prompt are attended as if each were decoded alone, only that they share the gathered
+keys: products of another shape would sum in another order, and a token's bits would tell how its prompt was cut, or
+that it was computed again after a preemption. What the fused kernel lacks (softcap, sinks, keys and values of
+different width) goes to the reference.
+
+B = tokens attended in one call, L = their padded K/V length, G = query heads of a kv head.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from server.kvcache.kv_cache import LayerKV
 from server.model.attention.base import AttentionParams
 from server.model.attention.reference import ReferenceAttention, attend_row
-from server.model.forward_batch import DecodeGroup, ForwardBatch, PrefillRow
+from server.model.forward_batch import ForwardBatch, TokenGroup
 
 
 class SdpaAttention:
@@ -30,9 +34,11 @@ class SdpaAttention:
         if not _fused(layer, params):
             return self._reference.attend(queries, layer, params, batch)
         out = queries.new_empty(*queries.shape[:2], layer.values.shape[-1])
-        for index, group in enumerate(batch.decode_groups):
-            mask = batch.decode_mask(index, params.window)
-            out[group.tokens] = _decode(queries[group.tokens], layer, group, mask, params.scale)
+        for group in batch.decode_groups:
+            shape = (-1, group.length, *layer.keys.shape[1:])  # [B, L, H, D]
+            keys = layer.keys.index_select(0, group.kv_slots).view(shape)
+            values = layer.values.index_select(0, group.kv_slots).view(shape)
+            out[group.tokens] = _attend(queries[group.tokens], keys, values, group, params)
         attend_prefill_rows(queries, layer, params, batch, out)
         return out
 
@@ -41,14 +47,17 @@ def attend_prefill_rows(
     queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch, out: Tensor
 ) -> None:
     """Writes the results of the rows of several tokens into `out` [T, Hq, Dv]."""
-    fused = _fused(layer, params)
-    for index, row in enumerate(batch.prefill_rows):
-        span = slice(row.first, row.first + row.num_tokens)
-        if fused:
-            mask = batch.prefill_mask(index, params.window)
-            out[span] = _prefill(queries[span], layer, row, mask, params.scale)
-        else:
+    if not _fused(layer, params):
+        for row in batch.prefill_rows:
+            span = slice(row.first, row.first + row.num_tokens)
             out[span] = attend_row(queries, layer, params, row)
+        return
+    for group in batch.prefill_groups:
+        keys = layer.keys.index_select(0, group.kv_slots)[None]  # [1, L, H, D]
+        values = layer.values.index_select(0, group.kv_slots)[None]
+        for stretch in group.stretches:
+            k, v = keys[:, : stretch.length], values[:, : stretch.length]
+            out[stretch.tokens] = _attend(queries[stretch.tokens], k, v, stretch, params)
 
 
 def _fused(layer: LayerKV, params: AttentionParams) -> bool:
@@ -57,28 +66,14 @@ def _fused(layer: LayerKV, params: AttentionParams) -> bool:
     return alike and params.softcap is None and params.sinks is None
 
 
-def _decode(
-    queries: Tensor, layer: LayerKV, group: DecodeGroup, mask: Tensor, scale: float
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, group: TokenGroup, params: AttentionParams
 ) -> Tensor:
-    """B rows of one token: q [B, Hq, Dk] -> [B, Hq, Dv]."""
+    """B tokens: q [B, Hq, D], k and v [B or 1, L, H, D] -> [B, Hq, D]."""
     B, Hq, D = queries.shape
-    H = layer.keys.shape[1]
-    k = layer.keys[group.kv_slots].transpose(1, 2)  # [B, H, L, Dk]
-    v = layer.values[group.kv_slots].transpose(1, 2)  # [B, H, L, Dv]
+    H = keys.shape[2]
     q = queries.view(B, H, Hq // H, D)  # the heads of a group as rows
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.reshape(B, Hq, -1)
-
-
-def _prefill(
-    queries: Tensor, layer: LayerKV, row: PrefillRow, mask: Tensor, scale: float
-) -> Tensor:
-    """One row of n tokens: q [n, Hq, Dk] -> [n, Hq, Dv]."""
-    n, Hq, D = queries.shape
-    H = layer.keys.shape[1]
-    G = Hq // H
-    k = layer.keys[row.kv_slots].transpose(0, 1)[None]  # [1, H, L, Dk]
-    v = layer.values[row.kv_slots].transpose(0, 1)[None]  # [1, H, L, Dv]
-    q = queries.view(n, H, G, D).permute(1, 2, 0, 3).reshape(1, H, G * n, D)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(G, 1), scale=scale)
-    return out.view(H, G, n, -1).permute(2, 0, 1, 3).reshape(n, Hq, -1)
+    k = keys.transpose(1, 2).expand(B, -1, -1, -1)
+    v = values.transpose(1, 2).expand(B, -1, -1, -1)
+    mask = group.mask(params.window, queries.dtype)
+    return scaled_dot_product_attention(q, k, v, mask, scale=params.scale).view(B, Hq, D)

@@ -58,7 +58,7 @@ class RaggedRows:
         tokens = [torch.arange(row.first, row.first + row.num_tokens) for row in rows]
         return cls(
             tokens=torch.cat(tokens).to(batch.device),
-            kv_slots=torch.cat([row.kv_slots for row in rows]),
+            kv_slots=torch.cat([row.kv_slots for row in rows]).to(batch.device),
             token_offsets=_offsets([row.num_tokens for row in rows], batch.device),
             kv_offsets=_offsets([row.kv_len for row in rows], batch.device),
             max_tokens=max(row.num_tokens for row in rows),

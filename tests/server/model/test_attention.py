@@ -63,6 +63,7 @@ class Case:
     shape: tuple[int, int, int, int]
     seed: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         Hq, H, Dk, Dv = self.shape
@@ -70,14 +71,14 @@ class Case:
         for row in self.rows:
             # A row's content depends on the row only, so that it can be met again in another batch.
             g = torch.Generator().manual_seed(hash((row.P, row.before, row.n, self.seed)) % 2**31)
-            self.keys.append(torch.randn(row.kv_len, H, Dk, generator=g))
-            self.values.append(torch.randn(row.kv_len, H, Dv, generator=g))
-            self.queries.append(torch.randn(row.n, Hq, Dk, generator=g))
+            self.keys.append(torch.randn(row.kv_len, H, Dk, generator=g).to(self.dtype))
+            self.values.append(torch.randn(row.kv_len, H, Dv, generator=g).to(self.dtype))
+            self.queries.append(torch.randn(row.n, Hq, Dk, generator=g).to(self.dtype))
             if row.task is not None:
                 g.manual_seed(int.from_bytes(row.task.encode()) + row.P)
                 self.keys[-1][: row.P] = torch.randn(row.P, H, Dk, generator=g)
                 self.values[-1][: row.P] = torch.randn(row.P, H, Dv, generator=g)
-        layout = KVLayout((LayerLayout(H, Dk, Dv, None),), "float32")
+        layout = KVLayout((LayerLayout(H, Dk, Dv, None),), str(self.dtype).removeprefix("torch."))
         num_blocks = 1 + sum(_blocks(r.P) + _blocks(r.before + r.n) for r in self.rows)
         free = list(range(1, num_blocks))
         random.Random(self.seed).shuffle(free)
@@ -232,6 +233,39 @@ def test_a_decode_row_is_the_same_to_the_bit_alone_and_in_any_batch(
         ):
             if row.n == 1:
                 assert torch.equal(out, alone[row]), f"{row} among {batch}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feature", ["plain", "window"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] == s[3]], ids=str)
+def test_a_token_of_a_prompt_is_the_same_to_the_bit_however_the_prompt_is_cut(
+    shape: tuple[int, int, int, int], feature: str, dtype: torch.dtype
+) -> None:
+    """Also in pieces of one token, which is how a token is decoded: a preempted request computes it in a prompt."""
+    params, length = (
+        params_for(shape, feature),
+        700,
+    )  # beyond the 512 keys that the kernel takes at once
+    whole = Case([Row(37, 0, length)], shape, dtype=dtype)
+    (expected,) = whole.run("sdpa", params)
+    for start, stop in [
+        (0, 1),
+        (5, 6),
+        (26, 27),
+        (0, 27),
+        (20, 90),
+        (300, 301),
+        (470, 520),
+        (0, 699),
+    ]:
+        case = Case([Row(37, start, stop - start), Row(0, 12, 1)], shape, dtype=dtype)
+        row = case.batch.rows[0]
+        case.layer.keys[row.kv_slots] = whole.keys[0][: row.kv_len]
+        case.layer.values[row.kv_slots] = whole.values[0][: row.kv_len]
+        case.queries[0] = whole.queries[0][start:stop]
+        ours = case.run("sdpa", params)[0]
+
+        assert torch.equal(ours, expected[start:stop]), f"tokens {start} to {stop}"
 
 
 def test_every_pair_of_lengths_shares_a_batch_without_a_trace() -> None:

@@ -53,6 +53,21 @@ def test_temperature_zero_takes_the_largest_logit() -> None:
     assert [o.token_id for o in outcomes] == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 7])
+def test_of_equal_logits_the_first_token_wins_in_each_dtype(
+    dtype: torch.dtype, num_rows: int
+) -> None:
+    """bfloat16 has few values, so that ties are common among 150,000 tokens."""
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = torch.randint(-3, 3, (num_rows, 1000), generator=generator).to(dtype)
+
+    outcomes = sample(logits, [sequence(GREEDY)] * num_rows, EOS)
+
+    firsts = [row.index(max(row)) for row in logits.float().tolist()]
+    assert [outcome.token_id for outcome in outcomes] == firsts
+
+
 def test_tokens_come_as_often_as_their_probability_says() -> None:
     probabilities = [0.5, 0.3, 0.15, 0.05]
     counts = draws(torch.tensor(probabilities).log(), SamplingParams(temperature=1.0), 4000)
