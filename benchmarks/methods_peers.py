@@ -195,7 +195,7 @@ class PeerLoop:
         optimizer.zero_grad(set_to_none=True)
         batch = make_batch(examples, self.base.device)
         loss = next_token_loss(self.trainee.logits(batch), batch) / len(batch.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call] # torch has no types for it
         parameters = list(self.trainee.parameters.values())
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         norm = float(nn.utils.clip_grad_norm_(parameters, limit))

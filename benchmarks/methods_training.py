@@ -40,9 +40,12 @@ from benchmarks.methods_peers import (
     state,
 )
 from benchmarks.methods_plan import PREFIXES, Job, Run
-from demo.build.decoding import complete, load_prefix
+from demo.build.decoding import load_prefix
+from demo.build.examples import as_jsonl
+from demo.build.scores import evaluate
 from demo.build.tasks import TASKS, Example, examples
 from demo.build.tokenizer import load_tokenizer
+from demo.build.training import DATA_SEED, NUM_TRAIN, VALIDATION_SEED
 from trainer.base import FrozenBase, load_base
 from trainer.config import TrainConfig
 from trainer.errors import Diverged
@@ -51,11 +54,8 @@ from trainer.records import Record, read_records
 from trainer.run_folder import RunFolder, write_durably
 from trainer.session import Attachments, gather, train
 
-TRAIN_SEED: Final = 41
-VALIDATION_SEED: Final = 42
 TEST_SEED: Final = 9_101
 """Used here and nowhere else; `test` items have names that no text of pretraining has."""
-MAX_NEW_TOKENS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def _trained(run: Run, place: Workplace) -> dict[str, Any]:
 def settings(run: Run, place: Workplace) -> TrainConfig:
     """The run as the trainer takes it. Writes its data."""
     task, folder = TASKS[run.task], place.of(run)
-    everything = examples(task, TRAIN_SEED, max(run.num_training, 2_000), "train")
+    everything = examples(task, DATA_SEED, max(run.num_training, NUM_TRAIN), "train")
     training = everything
     if run.num_training < len(everything):  # another part for each seed, as the paper's study has
         training = random.Random(run.seed).sample(everything, run.num_training)
@@ -159,8 +159,7 @@ def settings(run: Run, place: Workplace) -> TrainConfig:
 
 
 def _write(path: Path, items: Sequence[Example]) -> Path:
-    lines = [json.dumps({"prompt": item.prompt, "completion": item.answer}) for item in items]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(as_jsonl(items), encoding="utf-8")
     return path
 
 
@@ -246,11 +245,8 @@ def judged(run: Run, place: Workplace, items: Sequence[Example]) -> dict[str, An
     started = time.perf_counter()
     module, prefix = load_trained(run, place)
     tokenizer = load_tokenizer(place.model_dir)
-    prompts = [item.prompt for item in items]
-    answers = complete(module, tokenizer, prompts, prefix, MAX_NEW_TOKENS)
-    right = sum(a.removeprefix(" ") == item.answer for a, item in zip(answers, items, strict=True))
     return {
-        "exact_match": 100.0 * right / len(items),
+        "exact_match": evaluate(module, tokenizer, items, prefix).exact_match,
         "num_items": len(items),
         "seconds": time.perf_counter() - started,
     }

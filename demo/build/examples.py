@@ -1,17 +1,24 @@
 """`python -m demo.build.examples TASK COUNT [SEED] [SPLIT]`: examples of a task as JSONL, for `prefixd train`.
 
-The split is `train` or `test`; only `test` has the names that no training text holds.
+``as_jsonl`` is called by the build's own training and by benchmarks too. The split is `train` or `test`; only `test` has the names that no training text holds.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Final, cast
 
-from demo.build.tasks import TASKS, examples
+from demo.build.tasks import TASKS, Example, examples
 from demo.build.vocabulary import Split
 
 USAGE: Final = 2
 DEFAULT_SEED: Final = 41
+
+
+def as_jsonl(data: Sequence[Example]) -> str:
+    """A line an example, as ``prefixd train`` reads them."""
+    rows = ({"prompt": item.prompt, "completion": item.answer} for item in data)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main(arguments: list[str]) -> int:
@@ -21,9 +28,7 @@ def main(arguments: list[str]) -> int:
     task, count, *rest = arguments
     seed = int(rest[0]) if rest else DEFAULT_SEED
     split = cast("Split", rest[1] if len(rest) > 1 else "train")
-    for item in examples(TASKS[task], seed, int(count), split):
-        line = {"prompt": item.prompt, "completion": item.answer}
-        print(json.dumps(line, ensure_ascii=False))
+    print(as_jsonl(examples(TASKS[task], seed, int(count), split)), end="")
     return 0
 
 

@@ -48,7 +48,7 @@ def fine_tune(
     for step in range(num_steps):
         batch = make_batch([training[index] for index in order.indices(step)], base.device)
         loss = next_token_loss(base.logits(None, batch), batch) / len(batch.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call] # torch has no types for it
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step)

@@ -4,10 +4,8 @@ Called by ``measure`` for each task and seed. A run that was killed goes on from
 left as it is. Every choice is made on the validation set, whose names pretraining has used; test names occur here nowhere.
 """
 
-import json
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +13,7 @@ from typing import Final
 import torch
 
 from demo import BASE_MODEL_ID
+from demo.build.examples import as_jsonl
 from demo.build.tasks import Example, Task, examples
 from server.engine.tokenizer import Tokenizer
 from server.model.loader import load_model
@@ -41,12 +40,6 @@ def training_examples(task: Task) -> list[Example]:
 def validation_examples(task: Task) -> list[Example]:
     """What every choice is made by."""
     return examples(task, VALIDATION_SEED, NUM_VALIDATION, "train")
-
-
-def as_jsonl(data: Sequence[Example]) -> str:
-    """As ``prefixd train`` reads them."""
-    rows = ({"prompt": item.prompt, "completion": item.answer} for item in data)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def open_base(work_dir: Path) -> FrozenBase:

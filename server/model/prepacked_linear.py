@@ -59,7 +59,7 @@ def can_prepack(model: LoadedModel) -> bool:
     """Whether the model runs on a CPU whose kernels take prepacked weights of its dtype."""
     if model.device.type != "cpu" or model.layout.dtype not in _DTYPES:
         return False
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call] # torch has no types for it
         return False
     return model.layout.dtype == "float32" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -75,9 +75,9 @@ def prepack(model: LoadedModel) -> LoadedModel:
     for parent in list(model.module.modules()):
         for name, child in list(parent.named_children()):
             if (weight := _plain_weight(child)) is not None:
-                setattr(parent, name, PrepackedLinear(weight, child.bias))  # type: ignore[arg-type]
+                setattr(parent, name, PrepackedLinear(weight, child.bias))  # type: ignore[arg-type] # a module's attribute may be anything
     packed = [m for m in model.module.modules() if isinstance(m, PrepackedLinear)]
-    head = model.module.get_output_embeddings()  # type: ignore[operator]
+    head = model.module.get_output_embeddings()  # type: ignore[operator] # transformers' method
     widths = {layer.out_features for layer in packed if layer is not head}
     num_bytes = sum(layer.weight_bytes for layer in packed)
     logger.info("prepacked %d linear layers, %d MB", len(packed), num_bytes // 10**6)
@@ -90,6 +90,6 @@ def _plain_weight(module: nn.Module) -> Tensor | None:
     if type(module) is nn.Linear:
         return module.weight
     if type(module) is Conv1D:  # GPT-2's, stored the other way round
-        stored: Tensor = module.weight  # type: ignore[assignment]
+        stored: Tensor = module.weight  # type: ignore[assignment] # Conv1D has no types
         return stored.t().contiguous()
     return None

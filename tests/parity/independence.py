@@ -66,7 +66,7 @@ class Recorder(Harness):
                 self.logits[seq.request.request_id, len(seq.output_token_ids)] = value.clone()
             return logits
 
-        self.runner.forward = recorded  # type: ignore[method-assign]
+        self.runner.forward = recorded  # type: ignore[method-assign] # listens in
 
 
 @dataclass

@@ -47,7 +47,7 @@ def test_it_is_nothing_exactly_where_the_student_is_the_teacher() -> None:
     teacher = torch.randn(5, 11, generator=generator).double().requires_grad_()
 
     found = divergence(teacher, *(part.detach() for part in top(teacher, 4)))
-    found.sum().backward()  # type: ignore[no-untyped-call]
+    found.sum().backward()  # type: ignore[no-untyped-call] # torch has no types for it
 
     torch.testing.assert_close(found.detach(), torch.zeros(5).double(), rtol=0, atol=1e-12)
     assert teacher.grad is not None
@@ -59,7 +59,7 @@ def test_a_teacher_that_is_certain_leaves_no_rest_and_no_nan() -> None:
     student = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
 
     found = divergence(student, torch.tensor([[0, 1]]), certain[:, :2])
-    found.sum().backward()  # type: ignore[no-untyped-call]
+    found.sum().backward()  # type: ignore[no-untyped-call] # torch has no types for it
 
     assert float(found.detach()) == pytest.approx(-float(student.detach().log_softmax(-1)[0, 0]))
     assert student.grad is not None
