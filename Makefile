@@ -53,7 +53,7 @@ check: .venv/.dev ## lint, format, types, import contracts: all that is quick an
 bench: .venv/.dev ## measure prefixd against PEFT on this machine
 	$(BIN)/python benchmarks/peft_comparison.py $(ARGS)
 
-bench-methods: .venv/.dev ## prefixes, LoRA, fine-tuning on the demo's tasks, about two hours; goes on where it stopped
+bench-methods: .venv/.dev ## prefixes, LoRA, fine-tuning on the demo's tasks, two to two and a half hours; goes on where it stopped
 	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 bench-gpu: .venv/.runtime ## measure a CUDA machine, its kernels and the engine on it, in at most nine minutes

@@ -63,10 +63,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Everything that is varied. `steps` and `num_virtual_tokens`: by task. `rates`: what is tried for each method."""
+    """Everything that is varied. `steps` and `num_virtual_tokens`: by task. `rates`: what is tried for each method.
+
+    `cost_task`: the one whose time and memory of training are shown.
+    """
 
     tasks: Sequence[str]
-    tune_task: str
+    tune_tasks: Sequence[str]
+    cost_task: str
     low_data_task: str
     length_tasks: Sequence[str]
     rates: Mapping[Method, Sequence[float]]
@@ -109,9 +113,10 @@ class Grid:
         )
 
     def tune(self) -> list[Job]:
-        """Every rate of every method, on one task with one seed."""
+        """Every rate of every method, on each of the tuning tasks with one seed."""
         return [
-            Job(self.run(method, self.tune_task, rate, self.seeds[0]), 0)
+            Job(self.run(method, task, rate, self.seeds[0]), 0)
+            for task in self.tune_tasks
             for method in METHODS
             for rate in self.rates[method]
         ]
@@ -160,7 +165,8 @@ class Grid:
 
 FULL: Final = Grid(
     tasks=tuple(TASKS),
-    tune_task="record-to-sentence",
+    tune_tasks=("record-to-sentence", "record-qa"),
+    cost_task="record-to-sentence",
     low_data_task="record-to-sentence",
     length_tasks=("record-to-sentence", "casual-rewrite"),
     rates={
@@ -189,7 +195,8 @@ FULL: Final = Grid(
 
 SMALL: Final = Grid(
     tasks=("sentiment",),
-    tune_task="sentiment",
+    tune_tasks=("sentiment", "record-qa"),
+    cost_task="sentiment",
     low_data_task="sentiment",
     length_tasks=("sentiment",),
     rates={
@@ -204,11 +211,11 @@ SMALL: Final = Grid(
     low_data_sizes=(8,),
     lengths=(2, 4),
     length_seeds=(0,),
-    steps={"sentiment": 4},
+    steps={"sentiment": 4, "record-qa": 4},
     num_training=32,
     num_validation=4,
     num_test=8,
-    num_virtual_tokens={"sentiment": 4},
+    num_virtual_tokens={"sentiment": 4, "record-qa": 4},
     serving_virtual_tokens=4,
     serving_tasks=(1, 2),
     serving_requests=4,

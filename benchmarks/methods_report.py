@@ -33,14 +33,17 @@ SERVING_FILE: Final = "serving.json"
 _MIB: Final = 2**20
 
 
-def tuning(grid: Grid, place: Workplace) -> dict[str, dict[str, Any]]:
-    """By method and learning rate: exact match and loss on the held-out items."""
-    found: dict[str, dict[str, Any]] = {}
+def tuning(grid: Grid, place: Workplace) -> dict[str, dict[str, dict[str, Any]]]:
+    """By method, learning rate and task: exact match and loss on the held-out items."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for job in grid.tune():
         path = place.training_file(job.run)
         if path.exists():
             result = read(path)
-            found.setdefault(job.run.method, {})[f"{job.run.learning_rate:g}"] = {
+            of_rate = found.setdefault(job.run.method, {}).setdefault(
+                f"{job.run.learning_rate:g}", {}
+            )
+            of_rate[job.run.task] = {
                 "exact_match": result["held_out"]["exact_match"],
                 "held_out_loss": result["held_out_loss"],
                 "diverged": result["diverged"],
@@ -49,23 +52,24 @@ def tuning(grid: Grid, place: Workplace) -> dict[str, dict[str, Any]]:
 
 
 def chosen_rates(grid: Grid, place: Workplace) -> dict[Method, float] | None:
-    """For each method the rate with the most exact matches on held-out items, of equals the one with the lowest loss.
+    """For each method the rate with the most exact matches on the held-out items of all tuning tasks.
 
-    None while any rate is not tried yet.
+    Of equals the one with the lowest loss, which is summed over the tasks. None while any rate is not tried yet.
     """
-    found, rates = tuning(grid, place), dict[Method, float]()
-    for method in METHODS:
-        tried = found.get(method, {})
-        if len(tried) < len(grid.rates[method]):
-            return None
-        rates[method] = max(
-            grid.rates[method],
-            key=lambda rate: (
-                tried[f"{rate:g}"]["exact_match"],
-                -tried[f"{rate:g}"]["held_out_loss"],
-            ),
-        )
-    return rates
+    found = tuning(grid, place)
+    tried = [tasks for of_method in found.values() for tasks in of_method.values()]
+    if sum(map(len, tried)) < len(grid.tune()):
+        return None
+
+    def merit(method: Method, rate: float) -> tuple[float, float]:
+        results = found[method][f"{rate:g}"].values()
+        exact = sum(result["exact_match"] for result in results)
+        return exact, -sum(result["held_out_loss"] for result in results)
+
+    return {
+        method: max(grid.rates[method], key=partial(merit, method))  # the first of equals
+        for method in METHODS
+    }
 
 
 def figures(grid: Grid, place: Workplace) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def _results(place: Workplace, jobs: Iterable[Job]) -> list[tuple[Run, dict[str,
 
 
 def _methods(grid: Grid, place: Workplace, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Cost of training on the tune task, sizes, and quality on each task."""
+    """Cost of training on the cost task, sizes, and quality on each task."""
     found: dict[str, Any] = {}
     for run, training, exact_match in _results(place, jobs):
         entry = found.setdefault(
@@ -121,7 +125,7 @@ def _methods(grid: Grid, place: Workplace, jobs: Sequence[Job]) -> dict[str, Any
         entry["exact_match"].setdefault(run.task, []).append(exact_match)
         entry["held_out_loss"].setdefault(run.task, []).append(training["held_out_loss"])
         entry["num_diverged"] += training["diverged"]
-        if run.task == grid.tune_task:
+        if run.task == grid.cost_task:
             for name in ("seconds", "median_step_seconds", "peak_bytes"):
                 entry[name].append(training[name])
     return found
@@ -157,7 +161,7 @@ def readme_table(found: Mapping[str, Any], grid: Grid) -> str:
         "stored",
         "kB",
         *(f"{task}, %" for task in grid.tasks),
-        f"{grid.steps[grid.tune_task]} steps, s",
+        f"{grid.steps[grid.cost_task]} steps, s",
         "peak, MiB",
         *(f"{count} task{'s' * (count != '1')}, tokens/s" for count in counts),
         f"{most} tasks, MB",
@@ -187,17 +191,23 @@ def _method_row(method: Method, found: Mapping[str, Any], grid: Grid) -> list[st
 
 
 def tuning_table(found: Mapping[str, Any], grid: Grid) -> str:
-    """Exact match and loss on the held-out items at each learning rate; the chosen one has a star."""
-    rows = [["method", "learning rate", "held-out exact match, %", "held-out loss, nats a token"]]
+    """Exact match in percent and loss on the held-out items at each learning rate; the chosen one has a star."""
+    head = [f"{task}, {figure}" for task in grid.tune_tasks for figure in ("%", "nats a token")]
+    rows = [["method", "learning rate", *head]]
     for method in METHODS:
         for rate in grid.rates[method]:
-            tried = found["tuning"].get(method, {}).get(f"{rate:g}")
-            if tried is not None:
+            if tried := found["tuning"].get(method, {}).get(f"{rate:g}"):
                 star = " *" if (found["rates"] or {}).get(method) == rate else ""
-                said = "diverged; best before: " if tried["diverged"] else ""
-                loss = f"{said}{tried['held_out_loss']:.4f}"
-                rows.append([NAMES[method], f"{rate:g}{star}", f"{tried['exact_match']:.1f}", loss])
+                cells = [cell for task in grid.tune_tasks for cell in _tried_cells(tried.get(task))]
+                rows.append([NAMES[method], f"{rate:g}{star}", *cells])
     return markdown_table(rows)
+
+
+def _tried_cells(result: Mapping[str, Any] | None) -> tuple[str, str]:
+    if result is None:
+        return "", ""
+    said = "diverged; best before: " if result["diverged"] else ""
+    return f"{result['exact_match']:.1f}", f"{said}{result['held_out_loss']:.4f}"
 
 
 def study_table(lines: Mapping[str, Mapping[str, Sequence[float]]], corner: str) -> str:
@@ -220,7 +230,7 @@ def markdown(found: Mapping[str, Any], grid: Grid) -> str:
     if found.get("methods"):
         parts += ["## Methods", readme_table(found, grid)]
     if found["tuning"]:
-        parts += [f"## Learning rates, on {grid.tune_task}", tuning_table(found, grid)]
+        parts += ["## Learning rates, by held-out items", tuning_table(found, grid)]
     if found.get("low_data"):
         parts += [
             f"## Exact match by training examples, {grid.low_data_task}, %",

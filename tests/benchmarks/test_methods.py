@@ -164,38 +164,48 @@ def test_a_stage_that_needs_learning_rates_says_that_they_are_not_chosen(tmp_pat
 def test_a_run_of_two_stages_is_made_once_and_with_all_its_test_items() -> None:
     rates = {method: FULL.rates[method][0] for method in METHODS}
     jobs = distinct([*FULL.tune(), *FULL.compare(rates)])
-    shared = FULL.run("direct", FULL.tune_task, FULL.rates["direct"][0], FULL.seeds[0])
+    shared = FULL.run("direct", FULL.tune_tasks[0], FULL.rates["direct"][0], FULL.seeds[0])
 
     assert [job.num_test for job in jobs if job.run == shared] == [FULL.num_test]
     assert len({job.key for job in jobs}) == len(jobs)
     assert max(job.num_test for job in distinct(FULL.tune())) == 0
 
 
-def test_the_whole_plan_has_three_seeds_and_fits_into_two_hours() -> None:
+def test_the_whole_plan_has_three_seeds_and_takes_no_longer_than_its_documents_say() -> None:
     rates = {method: FULL.rates[method][1] for method in METHODS}
     jobs = distinct(job for stage in STAGES for job in FULL.jobs(stage, rates))
 
     assert len(FULL.compare(rates)) == len(METHODS) * len(FULL.tasks) * 3
-    assert sum(map(expected_seconds, jobs)) / 2 < 120 * 60
+    assert sum(map(expected_seconds, jobs)) / 2 < 150 * 60
 
 
-def kept_tuning(
-    tmp_path: Path, results: dict[float, tuple[float, float]]
-) -> tuple[Grid, Workplace]:
-    """A grid whose only choice is the rate of `direct`, and results (exact match, loss) for it."""
+Tried = dict[str, tuple[float, float]]
+"""(exact match, loss) by tuning task."""
+
+
+def kept_tuning(tmp_path: Path, results: dict[float, Tried]) -> tuple[Grid, Workplace]:
+    """A grid whose only choice is the rate of `direct`, and results for it."""
     grid = replace(SMALL, rates={**SMALL.rates, "direct": tuple(results)})
     place = Workplace(demo.MODEL_DIR, tmp_path, 4)
     for job in grid.tune():
         path = place.training_file(job.run)
         path.parent.mkdir(parents=True)
-        exact, loss = results.get(job.run.learning_rate, (0.0, 1.0))
+        exact, loss = results.get(job.run.learning_rate, {}).get(job.run.task, (0.0, 1.0))
         held_out = {"exact_match": exact}
         keep(path, {"held_out": held_out, "held_out_loss": loss, "diverged": False})
     return grid, place
 
 
 def test_the_rate_is_chosen_by_held_out_exact_match_and_then_by_loss(tmp_path: Path) -> None:
-    grid, place = kept_tuning(tmp_path, {0.01: (90.0, 0.1), 0.02: (95.0, 0.4), 0.04: (95.0, 0.3)})
+    one, other = SMALL.tune_tasks
+    grid, place = kept_tuning(
+        tmp_path,
+        {
+            0.01: {one: (90.0, 0.1), other: (95.0, 0.1)},
+            0.02: {one: (95.0, 0.4), other: (95.0, 0.1)},
+            0.04: {one: (95.0, 0.3), other: (95.0, 0.1)},
+        },
+    )
 
     rates = chosen_rates(grid, place)
 
@@ -203,9 +213,26 @@ def test_the_rate_is_chosen_by_held_out_exact_match_and_then_by_loss(tmp_path: P
     assert rates["direct"] == 0.04
 
 
-def test_no_rate_is_chosen_while_one_is_not_tried(tmp_path: Path) -> None:
-    grid, place = kept_tuning(tmp_path, {0.01: (90.0, 0.1), 0.02: (95.0, 0.4)})
-    [missing] = [job.run for job in grid.tune() if job.run.learning_rate == 0.02]
+def test_a_rate_that_fails_on_one_of_the_tuning_tasks_is_not_chosen(tmp_path: Path) -> None:
+    one, other = SMALL.tune_tasks
+    grid, place = kept_tuning(
+        tmp_path,
+        {
+            0.05: {one: (99.0, 0.013), other: (99.0, 0.02)},
+            0.1: {one: (99.0, 0.009), other: (72.0, 0.3)},
+        },
+    )
+
+    rates = chosen_rates(grid, place)
+
+    assert rates is not None
+    assert rates["direct"] == 0.05
+
+
+def test_no_rate_is_chosen_while_one_is_not_tried_on_every_tuning_task(tmp_path: Path) -> None:
+    grid, place = kept_tuning(tmp_path, {0.01: {}, 0.02: {}})
+    assert chosen_rates(grid, place) is not None
+    missing = next(job.run for job in grid.tune() if job.run.learning_rate == 0.02)
     place.training_file(missing).unlink()
 
     assert chosen_rates(grid, place) is None
