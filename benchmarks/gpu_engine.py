@@ -9,34 +9,28 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from benchmarks.gpu_local_engine import BLOCK_SIZE, LocalEngine
 from benchmarks.gpu_shapes import Figure, ModelShape, Sizes, nano_workload
 from benchmarks.gpu_timing import clock_ms, ratio, synchronize
 from benchmarks.hardware_limits import ModelCost
 from prefix_store.artifact import Prefix
 from prefix_store.spec import PrefixManifest
-from server.engine.core import EngineCore, EngineParts
-from server.engine.messages import AddRequest, EvictPrefix, Message, ScheduledRow, SchedulerOutput
-from server.engine.prefetch import PrefixLoaded
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.messages import ScheduledRow, SchedulerOutput
 from server.engine.sequence import Sequence as EngineSequence
-from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
-from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import AttentionBackend, PagedAttention
 from server.model.loader import LoadedModel, adopt_model
+from server.model.prefix_transfer import pack
 from server.model.runner import ModelRunner
-from server.types import GenerationRequest, PrefixRef, PrefixTier, SamplingParams
+from server.types import GenerationRequest, PrefixRef, SamplingParams
 
-_BLOCK_SIZE: Final = 16
-_TOKENS_PER_STEP: Final = 8192
 _KV_SHARE: Final = 0.8  # of the memory that is free behind the weights
 
 
@@ -50,16 +44,15 @@ def make_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> L
 
 
 def make_prefix(model: LoadedModel, length: int, seed: int) -> Prefix:
-    """Random keys and values in host memory, pinned where a GPU will fetch them."""
+    """Random keys and values as the store keeps them in host memory: pinned where a GPU will fetch them."""
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, model.layout.dtype)
 
     def draw(heads: int, dim: int) -> Tensor:
-        tensor = torch.randn(length, heads, dim, generator=generator).to(dtype)
-        return tensor.pin_memory() if model.device.type == "cuda" else tensor
+        return torch.randn(length, heads, dim, generator=generator).to(dtype)
 
     layers = model.layout.layers
-    return Prefix(
+    prefix = Prefix(
         digest=f"sha256:{seed}-{length}",
         manifest=PrefixManifest(
             num_virtual_tokens=length, k_space="none", model_type=model.model_type
@@ -67,13 +60,14 @@ def make_prefix(model: LoadedModel, length: int, seed: int) -> Prefix:
         keys=tuple(draw(x.num_kv_heads, x.key_dim) for x in layers),
         values=tuple(draw(x.num_kv_heads, x.value_dim) for x in layers),
     )
+    return pack(prefix, pinned=True) if model.device.type == "cuda" else prefix
 
 
 class SyntheticSteps:
     """Decode steps that no scheduler planned: every row has the same length, and decodes one token over and over."""
 
     def __init__(self, model: LoadedModel, backend: AttentionBackend, *, num_blocks: int) -> None:
-        self._cache = KVCache(model.layout, num_blocks, _BLOCK_SIZE, model.device)
+        self._cache = KVCache(model.layout, num_blocks, BLOCK_SIZE, model.device)
         for layer in self._cache.layers:  # zeros would be told apart by no wrong read
             layer.keys.normal_()
             layer.values.normal_()
@@ -88,7 +82,7 @@ class SyntheticSteps:
 
     @staticmethod
     def blocks_needed(num_rows: int, own_len: int, prefix_len: int, num_tasks: int) -> int:
-        return 1 + num_rows * -(-own_len // _BLOCK_SIZE) + num_tasks * -(-prefix_len // _BLOCK_SIZE)
+        return 1 + num_rows * -(-own_len // BLOCK_SIZE) + num_tasks * -(-prefix_len // BLOCK_SIZE)
 
     def step_ms(
         self, num_rows: int, own_len: int, repeats: int, *, prefix_len: int = 0, num_tasks: int = 1
@@ -96,15 +90,14 @@ class SyntheticSteps:
         """Milliseconds of a step, planning of tensors and sampling included."""
         free = iter(range(1, self._cache.num_blocks))
         prefixes = [
-            tuple(next(free) for _ in range(-(-prefix_len // _BLOCK_SIZE)))
-            for _ in range(num_tasks)
+            tuple(next(free) for _ in range(-(-prefix_len // BLOCK_SIZE))) for _ in range(num_tasks)
         ]
         rows = tuple(
             _decode_row(
                 own_len,
                 prefixes[r % num_tasks],
                 prefix_len,
-                tuple(next(free) for _ in range(-(-own_len // _BLOCK_SIZE))),
+                tuple(next(free) for _ in range(-(-own_len // BLOCK_SIZE))),
             )
             for r in range(num_rows)
         )
@@ -170,60 +163,6 @@ def _grouped_steps(steps: SyntheticSteps, shape: ModelShape, sizes: Sizes) -> It
         )
 
 
-@dataclass
-class LocalEngine:
-    """`EngineCore` driven by hand. `prefixes` by digest are handed over the step after they are asked for."""
-
-    model: LoadedModel
-    num_blocks: int
-    max_num_seqs: int = 256
-    prefixes: dict[str, Prefix] = field(default_factory=dict)
-    first_token_seconds: dict[str, float] = field(default_factory=dict)
-    step_seconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        backend = make_attention_backend("auto", self.model.device)
-        blocks = BlockPool(self.num_blocks, _BLOCK_SIZE)
-        resident = ResidentPrefixes(blocks)
-        cache = KVCache(self.model.layout, self.num_blocks, _BLOCK_SIZE, self.model.device)
-        attention = PagedAttention(backend, cache)
-        self.model.connect(attention)
-        limits = SchedulerLimits(self.max_num_seqs, max(_TOKENS_PER_STEP, self.max_num_seqs))
-        runner = ModelRunner(self.model, cache, attention)
-        parts = EngineParts(Scheduler(limits, blocks, resident), blocks, resident, runner, 1)
-        self._core = EngineCore(parts, self._asked, time.perf_counter)
-        self._inbox: list[Message | PrefixLoaded] = []
-
-    def _asked(self, ref: PrefixRef) -> None:
-        prefix = self.prefixes[ref.digest]
-        self._inbox.append(PrefixLoaded(ref, prefix, PrefixTier.HOST, 0.0))
-
-    def run(self, requests: Sequence[GenerationRequest]) -> float:
-        """Serves them all, all at once; seconds until the last is done."""
-        self.first_token_seconds.clear()
-        self.step_seconds.clear()
-        started = time.perf_counter()
-        self._inbox += [AddRequest(r, seed=i, arrival=started) for i, r in enumerate(requests)]
-        running = len(requests)
-        while running:
-            inbox, self._inbox = self._inbox, []
-            before = time.perf_counter()
-            result = self._core.step(inbox)
-            now = time.perf_counter()
-            self.step_seconds.append(now - before)
-            for output in result.outputs:
-                if output.error is not None:
-                    raise RuntimeError(f"{output.request_id}: {output.error}")
-                self.first_token_seconds.setdefault(output.request_id, now - started)
-                running -= output.finish_reason is not None
-        synchronize(self.model.device)
-        return time.perf_counter() - started
-
-    def evict(self, digest: str) -> None:
-        """Frees a prefix's blocks with the next step."""
-        self._inbox.append(EvictPrefix(digest))
-
-
 def make_request(
     name: str, prompt: Sequence[int], output_len: int, prefix: Prefix | None = None
 ) -> GenerationRequest:
@@ -240,11 +179,11 @@ def make_request(
 
 def _pool_blocks(model: LoadedModel, tokens: int) -> int:
     """As many as so many tokens need, or as there is memory for."""
-    needed = 1 + -(-tokens // _BLOCK_SIZE)
+    needed = 1 + -(-tokens // BLOCK_SIZE)
     if model.device.type != "cuda":
         return needed
     free, _ = torch.cuda.mem_get_info(model.device)
-    return min(needed, int(free * _KV_SHARE) // (model.layout.bytes_per_token * _BLOCK_SIZE))
+    return min(needed, int(free * _KV_SHARE) // (model.layout.bytes_per_token * BLOCK_SIZE))
 
 
 def nano(
@@ -253,7 +192,7 @@ def nano(
     """nano-vllm's own benchmark, through the engine: output tokens per second."""
     model = make_model(shape, device, dtype)
     work = nano_workload(sizes.num_nano_requests, sizes.max_nano_len)
-    tokens = sum(len(w.prompt_token_ids) + w.output_len + _BLOCK_SIZE for w in work)
+    tokens = sum(len(w.prompt_token_ids) + w.output_len + BLOCK_SIZE for w in work)
     engine = LocalEngine(model, _pool_blocks(model, tokens))
     vocab = model.vocab_size
     requests = [
@@ -308,7 +247,7 @@ def peer(
     size = (sizes.num_peer_requests, sizes.peer_prompt_len)
     prompts = torch.randint(0, model.vocab_size, size, generator=draw).tolist()
     tokens = sizes.num_peer_requests * sizes.peer_output_len
-    room = sizes.peer_prompt_len + sizes.peer_output_len + _BLOCK_SIZE
+    room = sizes.peer_prompt_len + sizes.peer_output_len + BLOCK_SIZE
     engine = LocalEngine(model, _pool_blocks(model, sizes.num_peer_requests * room))
     requests = [make_request(str(i), p, sizes.peer_output_len) for i, p in enumerate(prompts)]
     engine.run(requests)

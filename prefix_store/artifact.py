@@ -18,7 +18,16 @@ from prefix_store.errors import MalformedArtifact, Problem
 from prefix_store.header import ArtifactHeader, Shape, read_header, tensor_names, write_header
 from prefix_store.spec import DTYPE_BYTES, PrefixManifest, digest_of
 
-__all__ = ["TORCH_DTYPES", "Prefix", "decode", "digest_of", "encode", "read_header", "save"]
+__all__ = [
+    "TORCH_DTYPES",
+    "Prefix",
+    "as_it_is",
+    "decode",
+    "digest_of",
+    "encode",
+    "read_header",
+    "save",
+]
 
 T = TypeVar("T")
 
@@ -58,6 +67,11 @@ class Prefix:
             tuple(_without_subnormals(key.to(target)) for key in self.keys),
             tuple(_without_subnormals(value.to(target)) for value in self.values),
         )
+
+
+def as_it_is(prefix: Prefix) -> Prefix:
+    """The prefix itself: for whoever may be told in which form to keep one, or how to bring it nearer to its device."""
+    return prefix
 
 
 def encode(manifest: PrefixManifest, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bytes:

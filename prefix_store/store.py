@@ -8,11 +8,12 @@ read memory.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from prefix_store.artifact import Prefix
+from prefix_store.artifact import Prefix, as_it_is
 from prefix_store.backends.base import Backend, BlobReader
 from prefix_store.backends.filesystem import FilesystemBackend
 from prefix_store.catalog import Catalog
@@ -50,12 +51,22 @@ class PrefixStore:
     """Prefixes of many tasks for one base model: durable, versioned, verified whenever they are read."""
 
     def __init__(
-        self, backend: Backend, base: BaseSpec, limits: Limits, *, host_cache_bytes: int
+        self,
+        backend: Backend,
+        base: BaseSpec,
+        limits: Limits,
+        *,
+        host_cache_bytes: int,
+        keep_as: Callable[[Prefix], Prefix] = as_it_is,
     ) -> None:
-        """Take over `backend`, and sweep the blobs that no version names any more."""
+        """Take over `backend`, and sweep the blobs that no version names any more.
+
+        `keep_as`: the form in which what was read from disk is kept in host memory, for whoever moves it on.
+        """
         self._backend = backend
         self._base = base
         self._limits = limits
+        self._keep_as = keep_as
         self._catalog = Catalog(backend)
         if not self._catalog.num_broken():  # a broken log may name blobs that only it knows of
             backend.sweep_blobs(self._catalog.referenced_digests())
@@ -70,6 +81,7 @@ class PrefixStore:
         *,
         host_cache_bytes: int,
         max_num_virtual_tokens: int = 4096,
+        keep_as: Callable[[Prefix], Prefix] = as_it_is,
     ) -> PrefixStore:
         """The store in the directory `root`, made if it is missing.
 
@@ -78,7 +90,7 @@ class PrefixStore:
         limits = Limits(max_num_virtual_tokens=max_num_virtual_tokens)
         backend = FilesystemBackend(root)
         try:
-            return cls(backend, base, limits, host_cache_bytes=host_cache_bytes)
+            return cls(backend, base, limits, host_cache_bytes=host_cache_bytes, keep_as=keep_as)
         except BaseException:
             backend.close()
             raise
@@ -294,4 +306,4 @@ class PrefixStore:
             raise PrefixUnavailable(
                 f"the stored artifact does not fit the resident model: {rejected.problems[0].detail}"
             ) from rejected
-        return prefix.to(self._base.layout.dtype)
+        return self._keep_as(prefix.to(self._base.layout.dtype))

@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ import torch
 
 import demo
 from prefix_store import PrefixStore
+from prefix_store.artifact import as_it_is
 from prefix_store.errors import PrefixStoreError, UnknownTask
 from prefix_store.spec import BaseSpec
 from server import __version__
@@ -40,6 +42,7 @@ from server.model.baker import Baker
 from server.model.base_spec import base_spec
 from server.model.device import available_bytes, pick_device
 from server.model.loader import LoadedModel, load_model
+from server.model.prefix_transfer import Staging, pack
 from server.model.prepacked_linear import prepack
 from server.model.prover import Prover
 from server.model.runner import ModelRunner
@@ -184,6 +187,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
         host_cache_bytes=int(config.host_cache_bytes),
         # A longer prefix would leave no room for one token of a prompt and one of an answer.
         max_num_virtual_tokens=min(config.max_num_virtual_tokens, max(pool.max_model_len - 2, 1)),
+        keep_as=partial(pack, pinned=True) if device.type == "cuda" else as_it_is,
     )
     if config.model is None:
         publish_demo_prefixes(store, base)
@@ -255,6 +259,7 @@ def _wire(
         prefixes=prefixes,
         runner=ModelRunner(model, kv_cache, attention),
         block_bytes=pool.block_bytes,
+        stage=as_it_is if model.device.type == "cpu" else Staging(model.device).stage,
     )
     return AsyncEngine(
         parts,

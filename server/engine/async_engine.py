@@ -94,7 +94,7 @@ class AsyncEngine:
         self._block_bytes = parts.block_bytes
         self._inbox: Inbox[Message | PrefixAnswer | EngineCall] = Inbox()
         self._calls = EngineCalls(self._inbox.put)
-        self._prefetcher = Prefetcher(source, self._inbox.put)
+        self._prefetcher = Prefetcher(source, self._inbox.put, parts.stage)
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
         self._streams: dict[str, RequestStream] = {}
         self._orders = Orders(self._inbox.put)

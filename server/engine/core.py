@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefix_store.artifact import Prefix
+from prefix_store.artifact import Prefix, as_it_is
 from server.engine.calls import EngineCall
 from server.engine.messages import (
     Answer,
@@ -52,13 +52,17 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What an engine is made of; `bootstrap` builds them. `block_bytes`: one block over all layers."""
+    """What an engine is made of; `bootstrap` builds them. `block_bytes`: one block over all layers.
+
+    `stage`: what a `Prefetcher` does to a prefix before the engine thread gets it.
+    """
 
     scheduler: Scheduler
     blocks: BlockPool
     prefixes: ResidentPrefixes
     runner: Runner
     block_bytes: int
+    stage: Callable[[Prefix], Prefix] = as_it_is
 
 
 class EngineCore:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefix_store.artifact import Prefix
+from prefix_store.artifact import Prefix, as_it_is
 from prefix_store.errors import PrefixStoreError
 from server.types import PrefixRef, PrefixTier
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PrefixLoaded:
-    """A prefix in host memory in the serving dtype. `tier`: host if it was there already, else disk."""
+    """A prefix in the serving dtype, in host memory or staged on the device. `tier`: host if it was there already, else disk."""
 
     ref: PrefixRef
     prefix: Prefix
@@ -60,13 +60,21 @@ class PrefixSource(Protocol):
 
 
 class Prefetcher:
-    """Runs `source.load` on worker threads and hands each answer to `post`."""
+    """Runs `source.load`, then `stage`, on worker threads and hands each answer to `post`.
+
+    `stage` brings a prefix as near to its blocks as it gets without the engine thread. It may block.
+    """
 
     def __init__(
-        self, source: PrefixSource, post: Callable[[PrefixAnswer], None], num_threads: int = 8
+        self,
+        source: PrefixSource,
+        post: Callable[[PrefixAnswer], None],
+        stage: Callable[[Prefix], Prefix] = as_it_is,
+        num_threads: int = 8,
     ) -> None:
         self._source = source
         self._post = post
+        self._stage = stage
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
 
     def request(self, ref: PrefixRef) -> None:
@@ -82,9 +90,8 @@ class Prefetcher:
         try:
             loaded = self._source.load(ref.digest)
             tier = PrefixTier.HOST if loaded.from_host else PrefixTier.DISK
-            answer: PrefixAnswer = PrefixLoaded(
-                ref, loaded.prefix, tier, time.monotonic() - started
-            )
+            prefix = self._stage(loaded.prefix)
+            answer: PrefixAnswer = PrefixLoaded(ref, prefix, tier, time.monotonic() - started)
         except PrefixStoreError as error:
             logger.warning("prefix %s of task %s: %s", ref.digest, ref.task, error)
             answer = PrefixLoadFailed(ref, str(error), time.monotonic() - started)

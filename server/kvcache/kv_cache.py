@@ -73,12 +73,21 @@ class KVCache:
         return slots_of(block_ids, self.block_size, num_tokens)
 
     def write_prefix(self, block_ids: Sequence[int], prefix: Prefix) -> None:
-        """Copies a prefix into its blocks; the tail of the last block stays as it is, unread."""
+        """Copies a prefix into its blocks; the tail of the last block stays as it is, unread.
+
+        Its tensors may be on the device already (`prefix_transfer.Staging`), in memory of another stream.
+        """
         assert len(prefix.keys) == len(self.layers), "validation has checked the layer count"
         num_virtual_tokens = prefix.keys[0].shape[0]
         slots = self.slots(block_ids, num_virtual_tokens).to(self.device)
         for layer, keys, values in zip(self.layers, prefix.keys, prefix.values, strict=True):
-            layer.write(slots, keys.to(self.device), values.to(self.device))
+            layer.write(slots, self._here(keys), self._here(values))
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device, where its memory is not used again before this stream has read it."""
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensor.to(self.device, non_blocking=True)
 
     def zero_blocks(self, block_ids: Sequence[int]) -> None:
         """Wipes blocks whose content must not be met again (a row that went non-finite)."""

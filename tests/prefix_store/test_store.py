@@ -48,6 +48,28 @@ def open_store(open_backend: OpenBackend) -> OpenStore:
     return open_again
 
 
+def test_what_is_read_from_disk_is_kept_in_the_form_that_was_asked_for_and_made_once(
+    open_backend: OpenBackend,
+) -> None:
+    made: list[Prefix] = []
+
+    def keep_as(prefix: Prefix) -> Prefix:
+        made.append(prefix.to("bfloat16"))
+        return made[-1]
+
+    limits = Limits(max_num_virtual_tokens=16)
+    store = PrefixStore(
+        open_backend(), TINY_BASE, limits, host_cache_bytes=1 << 20, keep_as=keep_as
+    )
+    data = make_artifact(num_virtual_tokens=5, seed=3)
+    store.put("task", data)
+
+    loaded = [store.load(digest_of(data)) for _ in range(2)]
+
+    assert [prefix for prefix, _ in loaded] == [made[0], made[0]]
+    assert [from_host for _, from_host in loaded] == [False, True]
+
+
 def test_what_was_put_is_resolved_and_loaded_in_the_serving_dtype(open_store: OpenStore) -> None:
     store = open_store(base_with(dtype="bfloat16"))
     data = make_artifact(num_virtual_tokens=5, seed=3)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from prefix_store.artifact import Prefix
+from prefix_store.artifact import Prefix, as_it_is
 from prefix_store.errors import PrefixStoreError
 from prefix_store.spec import PrefixManifest
 from server.engine.prefetch import (
@@ -43,9 +44,9 @@ class _Loaded:
     from_host: bool
 
 
-def answer_of(source: PrefixSource) -> PrefixAnswer:
+def answer_of(source: PrefixSource, stage: Callable[[Prefix], Prefix] = as_it_is) -> PrefixAnswer:
     answers: queue.Queue[PrefixAnswer] = queue.Queue()
-    prefetcher = Prefetcher(source, answers.put)
+    prefetcher = Prefetcher(source, answers.put, stage)
     prefetcher.request(REF)
     try:
         return answers.get(timeout=10)
@@ -79,6 +80,32 @@ def test_a_failure_is_an_answer_and_foreign_errors_are_not_quoted(
 
     assert isinstance(answer, PrefixLoadFailed)
     assert answer.reason == reason
+
+
+def test_what_was_loaded_is_staged_off_the_engine_thread_before_it_is_posted() -> None:
+    staged = Prefix("sha256:staged", MANIFEST, (), ())
+    threads = []
+
+    def stage(prefix: Prefix) -> Prefix:
+        assert prefix.digest == REF.digest
+        threads.append(threading.current_thread().name)
+        return staged
+
+    answer = answer_of(Source(), stage)
+
+    assert isinstance(answer, PrefixLoaded)
+    assert answer.prefix is staged
+    assert [name.startswith("prefetch") for name in threads] == [True]
+
+
+def test_a_prefix_that_can_not_be_staged_is_an_answer_too() -> None:
+    def stage(_: Prefix) -> Prefix:
+        raise RuntimeError("CUDA error: the bus")
+
+    answer = answer_of(Source(), stage)
+
+    assert isinstance(answer, PrefixLoadFailed)
+    assert answer.reason == "the prefix could not be loaded"
 
 
 def test_requesting_returns_at_once_and_one_slow_load_does_not_hold_up_the_next() -> None:
