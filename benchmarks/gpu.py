@@ -8,7 +8,8 @@ that fails or hangs takes nothing from the others (and what it had measured befo
   bits alone, in a batch, grouped and not. Triton's interpreter can show neither for bfloat16;
 * `kernels`: both decode kernels on one layer of each model shape, as served and with other tiles;
 * `grouped`: the kernels with a shared prefix read once per group of its rows, against once per row;
-* `steps`: the engine's decode step (tensors, model, sampling) for 1 to 256 rows, and grouped against ungrouped;
+* `steps`: the engine's decode step (tensors, model, sampling) for 1 to 256 rows, launch by launch and as a CUDA graph, and
+  grouped against ungrouped;
 * `nano`: nano-vllm's benchmark, 256 requests of 100 to 1,024 tokens in and out, through the engine. Ours is
   greedy, theirs samples;
 * `tasks`: 64 tasks against 1 in a batch of 64, and what a cold prefix in pinned memory adds to a first token;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -25,11 +25,14 @@ from server.engine.messages import ScheduledRow, SchedulerOutput
 from server.engine.sequence import Sequence as EngineSequence
 from server.kvcache.kv_cache import KVCache
 from server.model.attention import make_attention_backend
-from server.model.attention.base import AttentionBackend, PagedAttention
+from server.model.attention.base import AttentionBackend, PagedAttention, RecordableBackend
 from server.model.loader import LoadedModel, adopt_model
 from server.model.prefix_transfer import pack
 from server.model.runner import ModelRunner
 from server.types import GenerationRequest, PrefixRef, SamplingParams
+
+if TYPE_CHECKING:  # it needs triton
+    from server.model.decode_graphs import DecodeGraphs
 
 _KV_SHARE: Final = 0.8  # of the memory that is free behind the weights
 
@@ -76,18 +79,25 @@ class SyntheticSteps:
 
     def use(self, backend: AttentionBackend) -> None:
         """Attends with this backend from now on."""
-        attention = PagedAttention(backend, self._cache)
-        self._model.connect(attention)
-        self._runner = ModelRunner(self._model, self._cache, attention)
+        self._backend = backend
+        self._attention = PagedAttention(backend, self._cache)
+        self._model.connect(self._attention)
 
     @staticmethod
     def blocks_needed(num_rows: int, own_len: int, prefix_len: int, num_tasks: int) -> int:
         return 1 + num_rows * -(-own_len // BLOCK_SIZE) + num_tasks * -(-prefix_len // BLOCK_SIZE)
 
     def step_ms(
-        self, num_rows: int, own_len: int, repeats: int, *, prefix_len: int = 0, num_tasks: int = 1
+        self,
+        num_rows: int,
+        own_len: int,
+        repeats: int,
+        *,
+        prefix_len: int = 0,
+        num_tasks: int = 1,
+        recorded: bool = True,
     ) -> float:
-        """Milliseconds of a step, planning of tensors and sampling included."""
+        """Milliseconds of a step, planning of tensors and sampling included; as a CUDA graph where there is CUDA."""
         free = iter(range(1, self._cache.num_blocks))
         prefixes = [
             tuple(next(free) for _ in range(-(-prefix_len // BLOCK_SIZE))) for _ in range(num_tasks)
@@ -102,7 +112,26 @@ class SyntheticSteps:
             for r in range(num_rows)
         )
         plan = SchedulerOutput((), (), rows, 0)
-        return clock_ms(lambda: self._runner.execute(plan, {}), self._model.device, repeats)
+        graphs = self._graphs(num_rows, prefix_len + own_len) if recorded else None
+        runner = ModelRunner(self._model, self._cache, self._attention, graphs)
+        return clock_ms(lambda: runner.execute(plan, {}), self._model.device, repeats)
+
+    def _graphs(self, num_rows: int, kv_len: int) -> DecodeGraphs | None:
+        """Of this one step."""
+        if self._model.device.type != "cuda" or not isinstance(self._backend, RecordableBackend):
+            return None
+        from server.model.decode_graphs import CudaRecorder, DecodeGraphs
+
+        graphs = DecodeGraphs(
+            self._model,
+            self._cache,
+            self._attention,
+            CudaRecorder(),
+            max_num_rows=num_rows,
+            max_model_len=kv_len,
+        )
+        graphs.record(min_num_rows=num_rows)
+        return graphs
 
 
 def _decode_row(
@@ -134,10 +163,11 @@ def decode_steps(
     steps = SyntheticSteps(model, backend, num_blocks=max(needs))
     cost = ModelCost.of(model.module, model.layout.bytes_per_token)
     for rows in sizes.step_batches:
-        ms = steps.step_ms(rows, sizes.context_len, sizes.repeats)
         least = cost.weight_bytes + rows * sizes.context_len * cost.kv_bytes_per_token
-        note = type(backend).__name__
-        yield Figure("steps", f"step {shape.name} B={rows}", ms, "ms", least, note=note)
+        for recorded, how in ((False, " by launches"), (True, "")):
+            ms = steps.step_ms(rows, sizes.context_len, sizes.repeats, recorded=recorded)
+            note = type(backend).__name__
+            yield Figure("steps", f"step{how} {shape.name} B={rows}", ms, "ms", least, note=note)
     yield from _grouped_steps(steps, shape, sizes)
 
 

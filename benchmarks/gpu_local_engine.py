@@ -21,6 +21,7 @@ from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
 from server.model.loader import LoadedModel
 from server.model.prefix_transfer import Staging
+from server.model.recorded_steps import record_decode_steps
 from server.model.runner import ModelRunner
 from server.types import GenerationRequest
 
@@ -44,6 +45,7 @@ class LocalEngine:
     model: LoadedModel
     num_blocks: int
     max_num_seqs: int = 256
+    max_model_len: int = 4096
     prefixes: dict[str, Prefix] = field(default_factory=dict)
     first_token_seconds: dict[str, float] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
@@ -56,7 +58,15 @@ class LocalEngine:
         attention = PagedAttention(backend, cache)
         self.model.connect(attention)
         limits = SchedulerLimits(self.max_num_seqs, max(_TOKENS_PER_STEP, self.max_num_seqs))
-        runner = ModelRunner(self.model, cache, attention)
+        recorded = record_decode_steps(
+            self.model,
+            cache,
+            attention,
+            backend,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
+        runner = ModelRunner(self.model, cache, attention, recorded)
         parts = EngineParts(Scheduler(limits, blocks, resident), blocks, resident, runner, 1)
         self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
         on_gpu = self.model.device.type == "cuda"

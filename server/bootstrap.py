@@ -45,6 +45,7 @@ from server.model.loader import LoadedModel, load_model
 from server.model.prefix_transfer import Staging, pack
 from server.model.prepacked_linear import prepack
 from server.model.prover import Prover
+from server.model.recorded_steps import record_decode_steps
 from server.model.runner import ModelRunner
 from server.model.self_check import self_check
 from server.types import prefix_ref
@@ -247,6 +248,18 @@ def _wire(
     kv_cache = KVCache(model.layout, pool.num_blocks, pool.block_size, model.device)
     attention = PagedAttention(backend, kv_cache)
     model.connect(attention)
+    recorded = (
+        record_decode_steps(
+            model,
+            kv_cache,
+            attention,
+            backend,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=pool.max_model_len,
+        )
+        if config.cuda_graphs
+        else None
+    )
     limits = SchedulerLimits(
         config.max_num_seqs,
         config.max_num_batched_tokens,
@@ -257,7 +270,7 @@ def _wire(
         scheduler=Scheduler(limits, blocks, prefixes),
         blocks=blocks,
         prefixes=prefixes,
-        runner=ModelRunner(model, kv_cache, attention),
+        runner=ModelRunner(model, kv_cache, attention, recorded),
         block_bytes=pool.block_bytes,
         stage=as_it_is if model.device.type == "cpu" else Staging(model.device).stage,
     )

@@ -118,6 +118,10 @@ class ServeConfig(BaseSettings):
     attention: Annotated[str, Parameter(group=_MODEL)] = Field(
         default="auto", description="Attention backend; auto takes the fastest that runs here"
     )
+    cuda_graphs: Annotated[bool, Parameter(group=_MODEL)] = Field(
+        default=True,
+        description="On a GPU, record decode steps at start and replay them; without it steps take longer",
+    )
     num_threads: Annotated[int | None, Parameter(group=_MODEL)] = Field(
         default=None,
         ge=1,

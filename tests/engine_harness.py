@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from server.model.loader import LoadedModel, adopt_model
 from server.model.prepacked_linear import prepack
 from server.model.runner import ModelRunner
 from server.types import GenerationRequest, PrefixRef, PrefixTier, SamplingParams
+
+if TYPE_CHECKING:  # it needs triton
+    from server.model.decode_graphs import DecodeGraphs, Recorder
 
 
 def random_prefix(model: LoadedModel, length: int, seed: int) -> Prefix:
@@ -101,6 +105,7 @@ class Harness:
     load_delay: int = 2
     prepacked: bool = False
     eos_token_ids: frozenset[int] = frozenset()
+    recorder: Recorder | None = None  # of decode steps, with the triton backend
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], SequenceOutput] = field(default_factory=dict)
     prefixes: dict[str, Prefix] = field(default_factory=dict)
@@ -117,7 +122,8 @@ class Harness:
         cache = KVCache(self.model.layout, self.num_blocks, self.block_size, self.model.device)
         attention = PagedAttention(make_attention_backend(self.attention, self.model.device), cache)
         self.model.connect(attention)
-        self.runner = ModelRunner(self.model, cache, attention)
+        self.runner = ModelRunner(self.model, cache, attention, self._recorded(cache, attention))
+        self.kv_cache = cache
         limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.eos_token_ids)
         self.scheduler = Scheduler(limits, self.blocks, self.resident)
         parts = EngineParts(self.scheduler, self.blocks, self.resident, self.runner, 1)
@@ -126,6 +132,23 @@ class Harness:
         self.inbox: list[object] = []
         self._loads: deque[tuple[int, PrefixRef]] = deque()
         self.num_steps = 0
+
+    def _recorded(self, cache: KVCache, attention: PagedAttention) -> DecodeGraphs | None:
+        if self.recorder is None:
+            return None
+        from server.model.decode_graphs import DecodeGraphs
+
+        num_rows, length = self.max_num_seqs, self.num_blocks * self.block_size
+        graphs = DecodeGraphs(
+            self.model,
+            cache,
+            attention,
+            self.recorder,
+            max_num_rows=num_rows,
+            max_model_len=length,
+        )
+        graphs.record()
+        return graphs
 
     def add(
         self,

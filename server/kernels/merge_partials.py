@@ -47,10 +47,11 @@ def _merge_partials_kernel(
 ):
     head = tl.program_id(0)
     row = tl.program_id(1)
+    token = tl.load(tokens + row).to(tl.int64)
+    if token < 0:
+        return
     first = tl.load(part_offsets + row)
     last = tl.load(part_offsets + row + 1)
-    if first == last:
-        return
     top = tl.full([], float("-inf"), tl.float32)
     if HAS_SINKS:
         top = tl.load(sinks + head).to(tl.float32) * LOG2E
@@ -78,9 +79,11 @@ def _merge_partials_kernel(
         )
         total += tl.sum(weight, 0)
         acc += tl.sum(weight[:, None] * chunk, 0)
-    token = tl.load(tokens + row).to(tl.int64)
     at = out + token * out_stride_token + head * out_stride_head + d
-    tl.store(at, (acc / total).to(out.dtype.element_ty), mask=d < DV)
+    merged = acc / tl.where(
+        first == last, 1.0, total
+    )  # a row of a graph's that only fills it: zeros
+    tl.store(at, merged.to(out.dtype.element_ty), mask=d < DV)
 
 
 def merge_partials(
@@ -91,7 +94,10 @@ def merge_partials(
     *,
     sinks: Tensor | None = None,
 ) -> None:
-    """Writes each row's result into `out` [T, Hq, Dv] at the row's token; `sinks` [Hq] are natural logits."""
+    """Writes each row's result into `out` [T, Hq, Dv] at the row's token; `sinks` [Hq] are natural logits.
+
+    Zeros for a row without parts; nothing for rows that only fill the tables, whose token is -1.
+    """
     _, Hq, DV = partial_out.shape
     assert out.stride(-1) == 1
     _merge_partials_kernel[(Hq, tables.shape.num_rows)](
@@ -125,11 +131,15 @@ def merge_partials_in_torch(
     """What `merge_partials` must equal: a softmax over a row's log-sum-exps, its sink beside them."""
     offsets = tables.part_offsets.tolist()
     for row, (first, last) in enumerate(itertools.pairwise(offsets)):
+        token = int(tables.tokens[row])
+        if token < 0:
+            continue
         if first == last:
+            out[token] = 0
             continue
         logits = partial_lse[first:last] * math.log(2)  # [parts, Hq]
         if sinks is not None:
             logits = torch.cat([logits, sinks.to(logits)[None]])
         weights = logits.softmax(0)[: last - first]
         merged = (weights[:, :, None] * partial_out[first:last]).sum(0)
-        out[int(tables.tokens[row])] = merged.to(out.dtype)
+        out[token] = merged.to(out.dtype)

@@ -2,7 +2,7 @@
 
 Made by `server.model.attention` for each step, read by `decode_partials` and `merge_partials`. All shapes
 come from a `TableShape`, so that a captured CUDA graph can replay over other contents: padding items have
-no rows and padding rows no parts, and the kernels leave both at once. Lengths are read on the device, so
+no rows and padding rows no token, and the kernels leave both at once. Lengths are read on the device, so
 a step that only lengthens its rows changes `kv_lens` and nothing else, until a row begins another chunk.
 
 R = rows that decode one token, padded. I = work items, padded. W = width of the block table.
@@ -52,7 +52,7 @@ class WorkTables:
 
     shape: TableShape
     items: Tensor  # [I, 5]
-    tokens: Tensor  # [R] each row's token in the pack
+    tokens: Tensor  # [R] each row's token in the pack, -1 behind the rows
     kv_lens: Tensor  # [R] keys of a row, prefix and this step's token included
     prefix_lens: Tensor  # [R] of which the prefix's
     part_offsets: (
@@ -87,7 +87,7 @@ def pack(
     part_offsets: list[int],
     block_tables: Sequence[Sequence[int]],
 ) -> Tensor:
-    """The buffer [shape.buffer_len] on the host, zeros where nothing is; `part_offsets` go on as they end."""
+    """The buffer [shape.buffer_len] on the host: `tokens` go on with -1, `part_offsets` as they end, the rest with zeros."""
     assert len(items) <= shape.num_items
     assert len(tokens) <= shape.num_rows
     assert part_offsets[-1] <= shape.num_parts
@@ -96,7 +96,9 @@ def pack(
         words.extend(item)
     _pad(words, (shape.num_items - len(items)) * NUM_ITEM_FIELDS)
     missing = shape.num_rows - len(tokens)
-    for column in (tokens, kv_lens, prefix_lens):
+    words.extend(tokens)
+    words.extend([-1] * missing)
+    for column in (kv_lens, prefix_lens):
         words.extend(column)
         _pad(words, missing)
     words.extend(part_offsets)

@@ -3,7 +3,7 @@
 Owned by the engine thread; allocated once at start, written by the attention layer (own tokens) and by
 `write_prefix` (a whole prefix, once, before anyone reads it).
 
-Shapes: S = num_blocks * block_size slots, H = kv heads, D = head dim. A slot is one token's address:
+Shapes: S = (num_blocks + 1) * block_size slots, H = kv heads, D = head dim. A slot is one token's address:
 slot = block_id * block_size + offset.
 """
 
@@ -39,7 +39,7 @@ def slots_of(block_ids: Sequence[int], block_size: int, num_tokens: int) -> Tens
 
 
 class KVCache:
-    """All layers' pools."""
+    """All layers' pools. Behind the blocks stands one more that nobody reads, for rows that only fill a batch."""
 
     def __init__(
         self, layout: KVLayout, num_blocks: int, block_size: int, device: torch.device
@@ -48,7 +48,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
-        num_slots = num_blocks * block_size
+        self.scratch_slot = num_blocks * block_size
+        num_slots = self.scratch_slot + block_size
         dtype = getattr(torch, layout.dtype)
         # Zeros, not empty: a masked slot holding NaN would still poison its row (0 * NaN).
         self.layers = tuple(

@@ -17,16 +17,24 @@ from server.kvcache.kv_cache import KVCache
 from server.model.attention.base import PagedAttention
 from server.model.forward_batch import build_forward_batch
 from server.model.loader import LoadedModel
+from server.model.recorded_steps import RecordedSteps
 from server.model.sampler import sample
 
 
 class ModelRunner:
-    """One model, its KV pool, and the attention that connects them."""
+    """One model, its KV pool, and the attention that connects them. `recorded` is asked for each step first."""
 
-    def __init__(self, model: LoadedModel, kv_cache: KVCache, attention: PagedAttention) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        kv_cache: KVCache,
+        attention: PagedAttention,
+        recorded: RecordedSteps | None = None,
+    ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._attention = attention
+        self._recorded = recorded
 
     @torch.inference_mode()
     def execute(
@@ -37,14 +45,17 @@ class ModelRunner:
             self._load_prefix(load, staged)
         if not plan.rows:
             return ()
-        logits = self.forward(plan.rows)
-        sampling = [row for row in plan.rows if row.sample]
-        sampled = iter(
-            sample(logits, [row.sequence for row in sampling], self._model.eos_token_ids)
-        )
+        logits, best = self._logits(plan.rows)
+        sampling = [row.sequence for row in plan.rows if row.sample]
+        sampled = iter(sample(logits, sampling, self._model.eos_token_ids, best))
         outcomes = tuple(next(sampled) if row.sample else RowOutcome() for row in plan.rows)
         self._wipe_failed(plan.rows, outcomes)
         return outcomes
+
+    def _logits(self, rows: tuple[ScheduledRow, ...]) -> tuple[Tensor, Tensor | None]:
+        """Logits [number of sampling rows, V], and the most probable token of each if a graph has found it."""
+        recorded = self._recorded.run(rows) if self._recorded else None
+        return (self.forward(rows), None) if recorded is None else recorded
 
     @torch.inference_mode()
     def forward(self, rows: tuple[ScheduledRow, ...]) -> Tensor:

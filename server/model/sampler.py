@@ -26,24 +26,33 @@ _MASK64: Final = 2**64 - 1
 _MIN_TEMPERATURE: Final = 1e-30  # less is 0 as float32, and 0 / 0 is NaN for the whole row
 
 
-def sample(
-    logits: Tensor, sequences: Sequence_[Sequence], eos_token_ids: frozenset[int]
-) -> list[RowOutcome]:
-    """One outcome per row of `logits` [R, V]. A non-finite row fails alone."""
-    # One pass over R x V values, as they are: this is most of what a step costs outside of the model.
+def most_probable(logits: Tensor) -> Tensor:
+    """The first of the tokens with the highest logit of each row, int64 [R]; -1 where a row is not finite.
+
+    One pass over R x V values, as they are: this is most of what a step costs outside of the model.
+    """
     highest, first_highest = logits.max(dim=-1)
     # The maximum is NaN or inf if any entry is, and -inf if no token is possible.
-    finite, best = torch.isfinite(highest).tolist(), first_highest.tolist()
+    return first_highest.where(highest.isfinite(), -1)
+
+
+def sample(
+    logits: Tensor,
+    sequences: Sequence_[Sequence],
+    eos_token_ids: frozenset[int],
+    best: Tensor | None = None,
+) -> list[RowOutcome]:
+    """One outcome per row of `logits` [R, V]. A non-finite row fails alone. `best`: `most_probable`, if it is known."""
+    tokens: list[int] = (most_probable(logits) if best is None else best).tolist()
     outcomes = []
-    for row, (seq, ok) in enumerate(zip(sequences, finite, strict=True)):
-        if not ok:
+    for row, (seq, token) in enumerate(zip(sequences, tokens, strict=True)):
+        if token < 0:
             outcomes.append(RowOutcome(error=NUMERICAL_ERROR))
         elif _argmax_suffices(seq):
-            outcomes.append(RowOutcome(token_id=best[row]))
+            outcomes.append(RowOutcome(token_id=token))
         else:
-            outcomes.append(
-                RowOutcome(token_id=_sample_row(logits[row].float(), seq, eos_token_ids))
-            )
+            drawn = _sample_row(logits[row].float(), seq, eos_token_ids)
+            outcomes.append(RowOutcome(token_id=drawn))
     return outcomes
 
 

@@ -10,11 +10,12 @@ T = tokens of the step, T' = those and what fills the pack (`PackShape`), Hq = q
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from prefix_store.spec import KVLayout
 from server.kvcache.kv_cache import KVCache, LayerKV
 from server.model.forward_batch import ForwardBatch
 
@@ -39,6 +40,18 @@ class AttentionBackend(Protocol):
     def attend(
         self, queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class RecordableBackend(Protocol):
+    """A backend whose decode steps are the same launches on the same memory, whatever the rows are.
+
+    What changes with the rows is in tensors that it gets by `ForwardBatch.derive`.
+    """
+
+    def can_be_recorded(self, layout: KVLayout) -> bool:
+        """Whether that is so for all layers of this model."""
+        ...
 
 
 class PagedAttention:

@@ -10,11 +10,14 @@ With Triton's interpreter the kernels run on the CPU, slowly; that is for tests.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import triton
 from torch import Tensor
 
+from prefix_store.spec import KVLayout
 from server.kernels.decode_partials import MAX_HEAD_DIM, decode_partials, rows_per_item
 from server.kernels.merge_partials import merge_partials
 from server.kernels.work_tables import TableShape, WorkTables, pack
@@ -42,6 +45,10 @@ class TritonAttention:
         self._grouped = grouped
         self._sdpa = SdpaAttention()
 
+    def can_be_recorded(self, layout: KVLayout) -> bool:
+        """Unless a layer's heads are so wide that the sdpa backend takes it."""
+        return all(max(x.key_dim, x.value_dim) <= MAX_HEAD_DIM for x in layout.layers)
+
     def attend(
         self, queries: Tensor, layer: LayerKV, params: AttentionParams, batch: ForwardBatch
     ) -> Tensor:
@@ -65,10 +72,8 @@ class TritonAttention:
         out: Tensor,
     ) -> None:
         together = rows_per_item(queries.shape[1] // layer.keys.shape[1])
-        tables = batch.derive(
-            (WorkTables, together, params.window, self._grouped),
-            functools.partial(make_tables, batch, together, params.window, grouped=self._grouped),
-        )
+        kind = TablesKind(together, params.window, self._grouped)
+        tables = batch.derive(kind, functools.partial(make_tables, batch, kind))
         partial_out, partial_lse = decode_partials(
             queries,
             layer.keys,
@@ -82,16 +87,29 @@ class TritonAttention:
         merge_partials(partial_out, partial_lse, tables, out, sinks=params.sinks)
 
 
-def make_tables(
-    batch: ForwardBatch, rows_per_item: int, window: int | None, *, grouped: bool = True
-) -> WorkTables:
+@dataclass(frozen=True, slots=True)
+class TablesKind:
+    """What the work of a decode step depends on beside its rows; layers of one kind read the same tables."""
+
+    rows_per_item: int
+    window: int | None
+    grouped: bool
+
+    def plan(self, rows: Sequence[DecodeRow]) -> WorkPlan:
+        """The work items of these rows in such a layer."""
+        return plan_work(
+            rows, rows_per_item=self.rows_per_item, window=self.window, grouped=self.grouped
+        )
+
+
+def make_tables(batch: ForwardBatch, kind: TablesKind) -> WorkTables:
     """The tables of a step's decode rows, on its device, in a shape with room to the next power of two."""
     rows = [
         DecodeRow(row.first, row.kv_len, row.prefix_len, row.prefix_block_ids, row.own_block_ids)
         for row in batch.rows
         if row.num_tokens == 1
     ]
-    plan = plan_work(rows, rows_per_item=rows_per_item, window=window, grouped=grouped)
+    plan = kind.plan(rows)
     shape = shape_for(plan)
     return WorkTables.of(pack_plan(plan, shape).to(batch.device), shape)
 

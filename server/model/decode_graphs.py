@@ -1,0 +1,254 @@
+"""Decode steps as recorded graphs: one launch in place of the thousand that a forward pass is made of.
+
+Owned by the engine thread. Recorded once at start, on CUDA with the triton backend (`server.bootstrap`); `ModelRunner` asks
+for each step of rows that decode one token whether a graph fits it. A graph reads and writes fixed memory, so a step is: its
+tokens, positions and work tables copied into that memory, the replay, and what it left picked up.
+
+There is a graph for each number of rows of a few, and of those one for each amount of attention: the grids of the kernels
+are fixed, and a grid for the longest contexts would launch mostly empty programs for short ones. A step takes the least graph
+that holds it. The rows that only fill it have no keys, and write theirs into a slot that nobody reads.
+
+B = rows of a graph, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from server.engine.messages import ScheduledRow
+from server.kernels.work_tables import TableShape, WorkTables
+from server.kvcache.kv_cache import KVCache
+from server.model.attention.base import PagedAttention
+from server.model.attention.triton import TablesKind, pack_plan
+from server.model.attention.work_items import CHUNK, DecodeRow, WorkPlan
+from server.model.forward_batch import ForwardBatch, RowSpan
+from server.model.loader import LoadedModel
+from server.model.sampler import most_probable
+
+logger = logging.getLogger(__name__)
+
+_FEW_ROWS: Final = (1, 2, 4, 8)
+_ROWS_STEP: Final = 16
+_PARTS_FACTOR: Final = 4  # from one amount of attention to the next
+
+
+class Recorder(Protocol):
+    """Turns a function without arguments and results into one that does the same work again."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]: ...
+
+
+class CudaRecorder:
+    """By CUDA graphs that share their scratch memory: they never run side by side."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Runs `function` twice before, so that what is compiled or allocated once is not recorded."""
+        before = torch.cuda.current_stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no annotations there
+        aside.wait_stream(before)
+        with torch.cuda.stream(aside):
+            function()
+            function()
+        before.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            function()
+        self._pool = graph.pool()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+@dataclass(frozen=True, slots=True)
+class GraphShape:
+    """`num_parts`: partial results of attention over all rows, and so the most work items."""
+
+    num_rows: int
+    num_parts: int
+
+
+def graph_shapes(max_num_rows: int, max_parts_per_row: int) -> list[GraphShape]:
+    """Every shape that is recorded, the least first: by rows, then by parts."""
+    few = takewhile(lambda count: count < max_num_rows, _FEW_ROWS)
+    rows = [*few, *range(_ROWS_STEP, max_num_rows, _ROWS_STEP), max_num_rows]
+    parts = [_PARTS_FACTOR]
+    while parts[-1] < max_parts_per_row:
+        parts.append(parts[-1] * _PARTS_FACTOR)
+    return [GraphShape(count, count * min(p, max_parts_per_row)) for count in rows for p in parts]
+
+
+class _FixedTables:
+    """The work tables of each kind of layer, in memory that all graphs have in common."""
+
+    def __init__(self, largest: GraphShape, table_width: int, device: torch.device) -> None:
+        self._width = table_width
+        self._room = self._table_shape(largest).buffer_len
+        self._device = device
+        self._buffers: dict[TablesKind, Tensor] = {}
+        self._staging: dict[TablesKind, Tensor] = {}  # on the host, where the device can fetch it
+
+    def view(self, kind: TablesKind, shape: GraphShape) -> WorkTables:
+        """The tables of that kind as a graph of that shape reads them."""
+        if kind not in self._buffers:
+            self._buffers[kind] = torch.zeros(self._room, dtype=torch.int32, device=self._device)
+            self._staging[kind] = torch.zeros(
+                self._room, dtype=torch.int32, pin_memory=self._device.type == "cuda"
+            )
+        table_shape = self._table_shape(shape)
+        return WorkTables.of(self._buffers[kind][: table_shape.buffer_len], table_shape)
+
+    def plans(self, rows: Sequence[DecodeRow]) -> dict[TablesKind, WorkPlan]:
+        """The work of these rows in each kind of layer."""
+        return {kind: kind.plan(rows) for kind in self._buffers}
+
+    def fill(self, plans: dict[TablesKind, WorkPlan], shape: GraphShape) -> None:
+        """Copies the work of a step to where the graph of that shape reads it. The step before has ended."""
+        for kind, plan in plans.items():
+            words = pack_plan(plan, self._table_shape(shape))
+            staged = self._staging[kind][: len(words)].copy_(words)
+            self._buffers[kind][: len(words)].copy_(staged, non_blocking=True)
+
+    def _table_shape(self, shape: GraphShape) -> TableShape:
+        return TableShape(shape.num_rows, shape.num_parts, shape.num_parts, self._width)
+
+
+@dataclass(frozen=True)
+class _FixedBatch(ForwardBatch):
+    """A step in the graphs' own memory, as the model and the attention see it while it is recorded."""
+
+    shape: GraphShape
+    tables: _FixedTables
+
+    def derive(self, key: Hashable, _: Callable[[], Any]) -> Any:
+        """The tables that are filled before each replay, in place of those of the rows."""
+        assert isinstance(key, TablesKind), f"only work tables have fixed memory, not {key}"
+        return self.tables.view(key, self.shape)
+
+
+class DecodeGraphs:
+    """The graphs of one model, and the memory they read and write."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        kv_cache: KVCache,
+        attention: PagedAttention,
+        recorder: Recorder,
+        *,
+        max_num_rows: int,
+        max_model_len: int,
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._attention = attention
+        self._recorder = recorder
+        # A prefix and a row's own tokens are each cut, and each put into blocks, by themselves.
+        self._shapes = graph_shapes(max_num_rows, max_model_len // CHUNK + 2)
+        width = max_model_len // kv_cache.block_size + 2
+        device = kv_cache.device
+        self._tables = _FixedTables(self._shapes[-1], width, device)
+        # Token, position and slot of each row.
+        self._inputs = torch.zeros(3, max_num_rows, dtype=torch.int64, device=device)
+        self._inputs[2] = kv_cache.scratch_slot
+        self._indices = torch.arange(max_num_rows, device=device)
+        self._best = torch.zeros(max_num_rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty(0)  # [B of the largest, V], once V is known
+        self._replays: dict[GraphShape, Callable[[], None]] = {}
+
+    @torch.inference_mode()
+    def record(self, *, min_num_rows: int = 1) -> None:
+        """Records the graphs of so many rows or more, the largest first: what it needed in between is room for the others."""
+        self._shapes = [shape for shape in self._shapes if shape.num_rows >= min_num_rows]
+        self._logits = self._forward(self._batch(self._shapes[-1])).clone()
+        started = time.monotonic()
+        for number, shape in enumerate(reversed(self._shapes), 1):
+            work = functools.partial(self._recorded_work, self._batch(shape))
+            self._replays[shape] = self._recorder.record(work)
+            logger.info("decode graph %d of %d: %s", number, len(self._shapes), shape)
+        logger.info(
+            "%d decode graphs recorded in %.1f s", len(self._replays), time.monotonic() - started
+        )
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[ScheduledRow]) -> tuple[Tensor, Tensor] | None:
+        """Logits [len(rows), V] of a step and `most_probable` of them, until the next step; None: no graph fits it."""
+        num_rows = self._room_for(rows)
+        if num_rows is None:
+            return None
+        plans = self._tables.plans(_decode_rows(rows, num_rows))
+        num_parts = max((sum(plan.num_parts) for plan in plans.values()), default=0)
+        shape = next(s for s in self._shapes if s.num_rows == num_rows and s.num_parts >= num_parts)
+        self._tables.fill(plans, shape)
+        self._inputs[:, :num_rows].copy_(self._inputs_of(rows, num_rows))
+        self._replays[shape]()
+        return self._logits[: len(rows)], self._best[: len(rows)]
+
+    def _room_for(self, rows: Sequence[ScheduledRow]) -> int | None:
+        if any(len(row.token_ids) != 1 or not row.sample for row in rows):
+            return None
+        return next((s.num_rows for s in self._shapes if s.num_rows >= len(rows)), None)
+
+    def _inputs_of(self, rows: Sequence[ScheduledRow], num_rows: int) -> Tensor:
+        """[3, B] on the host."""
+        size, filling = self._kv_cache.block_size, num_rows - len(rows)
+        slots = [row.block_ids[row.start // size] * size + row.start % size for row in rows]
+        return torch.tensor(
+            [
+                [row.token_ids[0] for row in rows] + [0] * filling,
+                [row.first_position + row.start for row in rows] + [0] * filling,
+                slots + [self._kv_cache.scratch_slot] * filling,
+            ]
+        )
+
+    def _batch(self, shape: GraphShape) -> _FixedBatch:
+        """Rows of one token, about which the recorded work asks nothing but that."""
+        B, block_size = shape.num_rows, self._kv_cache.block_size
+        return _FixedBatch(
+            input_ids=self._inputs[0, :B][None],
+            position_ids=self._inputs[1, :B][None],
+            slot_mapping=self._inputs[2, :B],
+            logits_indices=self._indices[:B],
+            num_logits=B,
+            rows=tuple(RowSpan(r, 1, 1, 0, (), (0,), block_size) for r in range(B)),
+            device=self._kv_cache.device,
+            shape=shape,
+            tables=self._tables,
+        )
+
+    def _recorded_work(self, batch: _FixedBatch) -> None:
+        logits = self._forward(batch)
+        self._logits[: batch.num_logits].copy_(logits)
+        self._best[: batch.num_logits].copy_(most_probable(logits))
+
+    def _forward(self, batch: _FixedBatch) -> Tensor:
+        self._attention.begin(batch)
+        try:
+            return self._model.logits(batch.input_ids, batch.position_ids, batch.logits_indices)
+        finally:
+            self._attention.end()
+
+
+def _decode_rows(rows: Sequence[ScheduledRow], num_rows: int) -> list[DecodeRow]:
+    """The rows of a step as attention has them, and behind them such that have no keys."""
+    decoding = [
+        DecodeRow(
+            token=index,
+            kv_len=row.num_virtual_tokens + row.start + 1,
+            prefix_len=row.num_virtual_tokens,
+            prefix_block_ids=row.prefix_block_ids,
+            own_block_ids=row.block_ids,
+        )
+        for index, row in enumerate(rows)
+    ]
+    return decoding + [DecodeRow(index, 0, 0, (), ()) for index in range(len(rows), num_rows)]
