@@ -4,7 +4,7 @@ Two ideas make it fast there. The query heads that share a kv head are packed as
 so K and V are never repeated; and rows that decode one token are attended together, gathered per bucket
 of K/V length. The tokens of a prompt are attended as if each were decoded alone, only that they share the gathered
 keys: products of another shape would sum in another order, and a token's bits would tell how its prompt was cut, or
-that it was computed again after a preemption. What the fused kernel lacks (softcap, sinks, keys and values of
+that it was computed again after a preemption. On a GPU, where linear layers tell that anyway, they are attended together. What the fused kernel lacks (softcap, sinks, keys and values of
 different width) goes to the reference.
 
 B = tokens attended in one call, L = their padded K/V length, G = query heads of a kv head.
@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from server.kvcache.kv_cache import LayerKV
 from server.model.attention.base import AttentionParams
 from server.model.attention.reference import ReferenceAttention, attend_row
-from server.model.forward_batch import ForwardBatch, TokenGroup
+from server.model.forward_batch import ForwardBatch, RowSpan, TokenGroup, causal_mask
 
 
 class SdpaAttention:
@@ -52,12 +52,33 @@ def attend_prefill_rows(
             span = slice(row.first, row.first + row.num_tokens)
             out[span] = attend_row(queries, layer, params, row)
         return
+    if queries.is_cuda:
+        for row in batch.prefill_rows:
+            span = slice(row.first, row.first + row.num_tokens)
+            out[span] = attend_together(queries, layer, params, row)
+        return
     for group in batch.prefill_groups:
         keys = layer.keys.index_select(0, group.kv_slots)[None]  # [1, L, H, D]
         values = layer.values.index_select(0, group.kv_slots)[None]
         for stretch in group.stretches:
             k, v = keys[:, : stretch.length], values[:, : stretch.length]
             out[stretch.tokens] = _attend(queries[stretch.tokens], k, v, stretch, params)
+
+
+def attend_together(
+    queries: Tensor, layer: LayerKV, params: AttentionParams, row: RowSpan
+) -> Tensor:
+    """All tokens of one row in one call, of a step's queries [T, Hq, D] -> [n, Hq, D]."""
+    n, Hq, D = row.num_tokens, *queries.shape[1:]
+    H = layer.keys.shape[1]
+    slots = row.kv_slots.to(queries.device)
+    keys = layer.keys.index_select(0, slots).transpose(0, 1)[None]  # [1, H, L, D]
+    values = layer.values.index_select(0, slots).transpose(0, 1)[None]
+    q = queries[row.first : row.first + n].view(n, H, Hq // H, D)
+    q = q.permute(1, 2, 0, 3).reshape(1, H, Hq // H * n, D)  # the heads of a group as rows
+    mask = causal_mask(n, row.kv_len, params.window, queries.device).repeat(Hq // H, 1)
+    attended = scaled_dot_product_attention(q, keys, values, mask, scale=params.scale)
+    return attended.view(H, Hq // H, n, D).permute(2, 0, 1, 3).reshape(n, Hq, D)
 
 
 def _fused(layer: LayerKV, params: AttentionParams) -> bool:

@@ -24,6 +24,7 @@ from server.errors import ConfigError
 from server.kvcache.kv_cache import KVCache, LayerKV
 from server.model.attention import ATTENTION_BACKENDS, make_attention_backend
 from server.model.attention.base import AttentionParams
+from server.model.attention.sdpa import attend_together
 from server.model.forward_batch import build_forward_batch
 from server.types import GenerationRequest, SamplingParams
 from tests.kernel_support import device_of, needs_triton
@@ -181,6 +182,21 @@ def test_a_mixed_step_equals_attention_written_out(
 
     for ours, expected in zip(case.run(backend, params), case.expected(params), strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("feature", ["plain", "window", "window of one"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] == s[3]], ids=str)
+def test_tokens_of_a_prompt_attended_together_equal_attention_written_out(
+    shape: tuple[int, int, int, int], feature: str
+) -> None:
+    """What sdpa does on a GPU; on the CPU it attends one by one."""
+    params = params_for(shape, feature)
+    case = Case(MIX, shape)
+    queries, expected = torch.cat(case.queries), case.expected(params)
+
+    for index, row in enumerate(case.batch.rows):
+        ours = attend_together(queries, case.layer, params, row)
+        torch.testing.assert_close(ours.double(), expected[index], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("P", [0, 1, 37, 130])
