@@ -116,6 +116,29 @@ def test_min_p_keeps_what_is_near_the_most_probable(min_p: float, expected: set[
     assert set(draws(logits, SamplingParams(min_p=min_p), 600)) == expected
 
 
+@pytest.mark.parametrize("num_tokens", [1_024, 1_025, 5_000])
+def test_a_nucleus_of_more_tokens_than_are_looked_at_first_is_whole(num_tokens: int) -> None:
+    """All but one are equally probable, so that they make the nucleus together."""
+    logits = torch.zeros(num_tokens)
+    logits[7] = -20.0
+    sampling = SamplingParams(top_p=0.9)
+
+    drawn = {one(logits, sequence(sampling, seed=seed)) for seed in range(200)}
+
+    assert 7 not in drawn
+    assert len(drawn) > 150
+
+
+def test_no_token_is_drawn_that_was_ruled_out_also_at_both_ends() -> None:
+    logits = torch.full((100,), -math.inf)
+    logits[[40, 60]] = 0.0
+
+    counts = draws(logits, SamplingParams(), 400)
+
+    assert set(counts) == {40, 60}
+    assert min(counts.values()) > 150
+
+
 def test_penalties_equal_a_case_worked_by_hand() -> None:
     """Prompt 0 and 1, output 1 twice and 2 once; repetition 2, frequency 0.5, presence 0.25.
 
@@ -196,6 +219,42 @@ def test_a_row_is_the_same_alone_and_at_any_place_among_others() -> None:
         order = [(n + shift) % 9 for n in range(9)]
         outcomes = sample(logits[order], [mine[n] for n in order], EOS)
         assert [o.token_id for o in outcomes] == [alone[n] for n in order]
+
+
+def test_rows_that_ask_for_different_things_do_not_see_each_other() -> None:
+    """Each feature is computed for all rows that have it at once; more rows than are computed at once."""
+    kinds = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_k=3),
+        SamplingParams(top_k=7, temperature=1.5),
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_p=0.9, top_k=20),
+        SamplingParams(min_p=0.2),
+        SamplingParams(temperature=0.0, repetition_penalty=1.5),
+        SamplingParams(max_tokens=9, min_tokens=5, temperature=0.0),
+        SamplingParams(max_tokens=9, min_tokens=5, frequency_penalty=0.4, top_p=0.8, min_p=0.05),
+    ]
+    count = 7 * len(kinds)
+    logits = random_logits(count, seed=8)
+    mine = [sequence(kinds[n % len(kinds)], seed=n, output=(n % 5,)) for n in range(count)]
+
+    outcomes = sample(logits, mine, EOS)
+
+    assert [o.token_id for o in outcomes] == [one(logits[n], mine[n]) for n in range(count)]
+
+
+@pytest.mark.parametrize("k", [1, 2, V - 1, V, V + 1])
+def test_top_k_beside_rows_of_other_k_keeps_its_own(k: int) -> None:
+    logits = random_logits(1, seed=3)[0]
+    mates = [sequence(SamplingParams(top_k=other), seed=1) for other in (0, 5, V)]
+    drawn = set()
+    for seed in range(300):
+        rows = [*mates, sequence(SamplingParams(top_k=k, temperature=2.0), seed=seed)]
+        drawn.add(sample(logits.expand(4, V), rows, EOS)[-1].token_id)
+
+    assert drawn <= set(logits.topk(min(k, V)).indices.tolist())
+    assert len(drawn) > min(k, 20) // 2
 
 
 def test_sampling_leaves_the_logits_of_others_and_its_own_as_they_are() -> None:
