@@ -83,7 +83,8 @@ class CpuMemory:
 
     def peak_of(self, run: Callable[[], None]) -> int:
         """The tensors that live at once."""
-        with TensorBytes() as counted:
+        counted = TensorBytes()
+        with counted:
             run()
         return counted.peak_bytes
 
