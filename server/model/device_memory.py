@@ -25,7 +25,7 @@ UTILIZATION: Final = "--gpu-memory-utilization"
 class DeviceMemory(Protocol):
     """The memory of the device that serves."""
 
-    def peak_of(self, run: Callable[[], None]) -> int:
+    def peak_of(self, run: Callable[[], object]) -> int:
         """Bytes that `run` takes at most, beside what is held before."""
 
     def account(self, uses: tuple[MemoryUse, ...]) -> MemoryAccount:
@@ -48,7 +48,7 @@ class CudaMemory:
                 f"{utilization:g} asks for {readable(wanted)}: lower it, or end what holds the rest"
             )
 
-    def peak_of(self, run: Callable[[], None]) -> int:
+    def peak_of(self, run: Callable[[], object]) -> int:
         """What the allocator takes from the device, so that blocks which it can not join count too."""
         self._cuda.synchronize(self._device)
         self._cuda.empty_cache()
@@ -81,7 +81,7 @@ class CpuMemory:
     def __init__(self, read: Callable[[], HostMemory] = host_memory) -> None:
         self._read = read
 
-    def peak_of(self, run: Callable[[], None]) -> int:
+    def peak_of(self, run: Callable[[], object]) -> int:
         """The tensors that live at once."""
         counted = TensorBytes()
         with counted:

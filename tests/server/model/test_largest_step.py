@@ -98,7 +98,7 @@ def test_a_trial_that_fails_leaves_nothing_behind_either() -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    model.module.lm_head.register_forward_hook(fail)  # type: ignore[union-attr, operator] # every layer has written then
+    model.module.lm_head.register_forward_hook(fail)  # type: ignore[union-attr] # every layer has written then
 
     with pytest.raises(torch.OutOfMemoryError):
         run_largest_step(runner, cache, LargestStep(24, 4, 60, 100))
