@@ -113,7 +113,7 @@ def test_a_larger_step_leaves_a_smaller_pool(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, large = (
-        plan(model, monkeypatch, 400 * MB, max_num_batched_tokens=tokens, max_num_seqs=64)
+        plan(model, monkeypatch, 1200 * MB, max_num_batched_tokens=tokens, max_num_seqs=64)
         for tokens in (64, 2048)
     )
 

@@ -127,7 +127,7 @@ def test_a_cpu_is_accounted_for_by_what_is_free_with_the_weights_loaded() -> Non
     assert memory.account(()).total_bytes == 30 * GB
 
 
-def test_the_peak_of_a_run_on_a_cpu_is_that_of_its_tensors() -> None:
+def test_a_run_on_a_cpu_is_given_twice_what_its_tensors_take() -> None:
     ones = torch.ones(1000)
 
-    assert CpuMemory().peak_of(lambda: torch.add(ones, 1).mul(2).sum()) in range(8000, 8100)
+    assert CpuMemory().peak_of(lambda: torch.add(ones, 1).mul(2).sum()) in range(16_000, 16_200)
