@@ -113,7 +113,8 @@ class SyntheticSteps:
         )
         plan = SchedulerOutput((), (), rows, 0)
         graphs = self._graphs(num_rows, prefix_len + own_len) if recorded else None
-        runner = ModelRunner(self._model, self._cache, self._attention, graphs)
+        runner = ModelRunner(self._model, self._cache, self._attention)
+        runner.recorded = graphs
         return clock_ms(lambda: runner.execute(plan, {}), self._model.device, repeats)
 
     def _graphs(self, num_rows: int, kv_len: int) -> DecodeGraphs | None:

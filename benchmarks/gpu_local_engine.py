@@ -58,7 +58,8 @@ class LocalEngine:
         attention = PagedAttention(backend, cache)
         self.model.connect(attention)
         limits = SchedulerLimits(self.max_num_seqs, max(_TOKENS_PER_STEP, self.max_num_seqs))
-        recorded = record_decode_steps(
+        runner = ModelRunner(self.model, cache, attention)
+        runner.recorded = record_decode_steps(
             self.model,
             cache,
             attention,
@@ -66,7 +67,6 @@ class LocalEngine:
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
         )
-        runner = ModelRunner(self.model, cache, attention, recorded)
         parts = EngineParts(Scheduler(limits, blocks, resident), blocks, resident, runner, 1)
         self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
         on_gpu = self.model.device.type == "cuda"

@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from typing import Final
 
 import demo
 from prefix_store import PrefixVersion
 from server import __version__
 from server.bootstrap import Application, ServingEngine
+from server.kvcache.pool_plan import PoolPlan
+
+_SHOWN_PREFIX_LEN: Final = 32  # virtual tokens of an ordinary prefix
 
 
 def start_up_summary(application: Application, url: str) -> str:
@@ -26,11 +30,7 @@ def start_up_summary(application: Application, url: str) -> str:
             f"{model.model_id} ({model.model_type}), weights {_megabytes(model.weight_bytes)}",
         ),
         ("device", f"{model.device}, {model.layout.dtype}"),
-        (
-            "KV blocks",
-            f"{pool.usable_blocks} of {pool.block_size} tokens, {_megabytes(pool.pool_bytes)} -> fits "
-            f"{pool.num_full_requests()} requests of {pool.max_model_len} tokens",
-        ),
+        *_memory(pool),
         ("tasks", _tasks(live, serving)),
         ("prefixes", _residency(live, serving)),
         ("API", f"{url}/generate  {url}/v1/completions  {url}/openapi.json"),
@@ -42,6 +42,21 @@ def start_up_summary(application: Application, url: str) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     return "\n".join([f"prefixd {__version__}", *lines, "", "Try:", first_request(serving, url)])
+
+
+def _memory(pool: PoolPlan) -> list[tuple[str, str]]:
+    """Where the memory goes, a term a line, and what the rest of it comes to."""
+    lines = [] if pool.account is None else pool.account.lines()
+    names = ["memory"] + [""] * (len(lines) - 1)
+    return [
+        *zip(names, lines, strict=False),
+        (
+            "KV blocks",
+            f"{pool.usable_blocks} of {pool.block_size} tokens, {_megabytes(pool.pool_bytes)} -> "
+            f"{pool.num_tokens} tokens -> fits {pool.num_full_requests()} requests of {pool.max_model_len} tokens, "
+            f"or {pool.num_prefixes(_SHOWN_PREFIX_LEN)} prefixes of {_SHOWN_PREFIX_LEN}",
+        ),
+    ]
 
 
 def _megabytes(num_bytes: int) -> str:

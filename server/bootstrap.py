@@ -33,14 +33,16 @@ from server.engine.tokenizer import Tokenizer
 from server.errors import ConfigError, PinRefused
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
-from server.kvcache.pool_plan import PoolPlan, plan_pool
+from server.kvcache.memory_account import readable
+from server.kvcache.pool_plan import PoolPlan
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.metrics import Metrics
 from server.model.attention import make_attention_backend
 from server.model.attention.base import AttentionBackend, PagedAttention
 from server.model.baker import Baker
 from server.model.base_spec import base_spec
-from server.model.device import available_bytes, pick_device
+from server.model.device import memory_or_refused, pick_device
+from server.model.largest_step import LargestStep
 from server.model.loader import LoadedModel, load_model
 from server.model.prefix_transfer import Staging, pack
 from server.model.prepacked_linear import prepack
@@ -48,6 +50,7 @@ from server.model.prover import Prover
 from server.model.recorded_steps import record_decode_steps
 from server.model.runner import ModelRunner
 from server.model.self_check import self_check
+from server.sizing import memory_by_use, memory_of, plan_memory, try_largest_step
 from server.types import prefix_ref
 
 if TYPE_CHECKING:  # the offline commands need no web framework
@@ -125,6 +128,7 @@ def build(config: ServeConfig) -> Application:
     seconds = time.monotonic() - started
     metrics.set_model_load_seconds(seconds)
     metrics.set_device_capacity(serving.pool.pool_bytes)
+    metrics.set_memory(memory_by_use(serving.pool, model))
     assert config.admin_key is not None
     audit = AuditLog(config.store_dir / "audit")
     if audit.torn_bytes:
@@ -162,6 +166,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     backend = make_attention_backend(config.attention, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    memory = memory_of(config, device)
     source = demo.MODEL_DIR if config.model is None else Path(config.model).expanduser()
     if (
         config.model is not None
@@ -181,11 +186,12 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
     model = prepack(model)  # after the fingerprint of its weights, before its numbers are checked
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
-    pool = plan_for(config, model)
+    plan = plan_memory(config, model, backend, memory)
+    pool = plan.pool
     store = PrefixStore.open(
         config.store_dir,
         base,
-        host_cache_bytes=int(config.host_cache_bytes),
+        host_cache_bytes=plan.host_cache_bytes,
         # A longer prefix would leave no room for one token of a prompt and one of an answer.
         max_num_virtual_tokens=min(config.max_num_virtual_tokens, max(pool.max_model_len - 2, 1)),
         keep_as=partial(pack, pinned=True) if device.type == "cuda" else as_it_is,
@@ -193,7 +199,9 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     if config.model is None:
         publish_demo_prefixes(store, base)
     _check_pins(config, store)
-    return assemble_engine(config, model, backend, tokenizer, store, pool, observer)
+    # A CPU's pool takes no memory until it is written, so that nothing could run out now.
+    again = plan.step if device.type == "cuda" else None
+    return assemble_engine(config, model, backend, tokenizer, store, pool, observer, again)
 
 
 def assemble_engine(
@@ -204,12 +212,14 @@ def assemble_engine(
     store: PrefixStore,
     pool: PoolPlan,
     observer: EngineObserver,
+    largest_step: LargestStep | None = None,
 ) -> ServingEngine:
     """The engine around what is loaded already, for `build_engine` and for evaluation while a model is trained.
 
-    Takes the model's attention over, and with it memory for `pool`. Of `config` it reads the limits and the seed.
+    Takes the model's attention over, and with it memory for `pool`; `largest_step` is then tried beside it. Of `config`
+    it reads the limits and the seed. Raises `CapacityError` for want of memory.
     """
-    engine = _wire(config, model, backend, tokenizer, store, pool, observer)
+    engine = _wire(config, model, backend, tokenizer, store, pool, observer, largest_step)
     compiler = PrefixCompiler(engine.run, Baker(model, backend), store.base, store.limits)
     intake = Intake(store, compiler, Prover(model, backend), engine.run)
     return ServingEngine(config, model, store.base, tokenizer, store, pool, engine, intake)
@@ -220,20 +230,6 @@ def _dtype(config: ServeConfig) -> str:
     return "float32" if config.model is None and config.dtype == "auto" else config.dtype
 
 
-def plan_for(config: ServeConfig, model: LoadedModel) -> PoolPlan:
-    """The KV pool that `config` asks for, in the memory that is free now. Raises `CapacityError`."""
-    budget = config.kv_cache_bytes
-    return plan_pool(
-        model.layout,
-        block_size=config.block_size,
-        budget_bytes=available_bytes(model.device) if budget is None else int(budget),
-        num_blocks=config.num_kv_blocks,
-        max_model_len=config.max_model_len,
-        position_limit=model.position_limit,
-        max_num_seqs=config.max_num_seqs,
-    )
-
-
 def _wire(
     config: ServeConfig,
     model: LoadedModel,
@@ -242,14 +238,20 @@ def _wire(
     store: PrefixStore,
     pool: PoolPlan,
     observer: EngineObserver,
+    largest_step: LargestStep | None,
 ) -> AsyncEngine:
     blocks = BlockPool(pool.num_blocks, pool.block_size)
     prefixes = ResidentPrefixes(blocks)
-    kv_cache = KVCache(model.layout, pool.num_blocks, pool.block_size, model.device)
+    purpose = f"for a KV pool of {readable(pool.pool_bytes)}"
+    with memory_or_refused(purpose, "lower --kv-cache-bytes or --num-kv-blocks"):
+        kv_cache = KVCache(model.layout, pool.num_blocks, pool.block_size, model.device)
     attention = PagedAttention(backend, kv_cache)
     model.connect(attention)
-    recorded = (
-        record_decode_steps(
+    runner = ModelRunner(model, kv_cache, attention)
+    if largest_step is not None:
+        try_largest_step(runner, kv_cache, largest_step, pool.account)
+    if config.cuda_graphs:
+        runner.recorded = record_decode_steps(
             model,
             kv_cache,
             attention,
@@ -257,9 +259,6 @@ def _wire(
             max_num_seqs=config.max_num_seqs,
             max_model_len=pool.max_model_len,
         )
-        if config.cuda_graphs
-        else None
-    )
     limits = SchedulerLimits(
         config.max_num_seqs,
         config.max_num_batched_tokens,
@@ -270,7 +269,7 @@ def _wire(
         scheduler=Scheduler(limits, blocks, prefixes),
         blocks=blocks,
         prefixes=prefixes,
-        runner=ModelRunner(model, kv_cache, attention, recorded),
+        runner=runner,
         block_bytes=pool.block_bytes,
         stage=as_it_is if model.device.type == "cpu" else Staging(model.device).stage,
     )

@@ -182,6 +182,12 @@ class ServeConfig(BaseSettings):
     block_size: Annotated[int, Parameter(group=_ENGINE)] = Field(
         default=16, ge=1, le=1024, description="Tokens per KV block"
     )
+    gpu_memory_utilization: Annotated[float, Parameter(group=_ENGINE)] = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of the GPU's memory for weights, steps and KV pool; not on a CPU",
+    )
     kv_cache_bytes: Annotated[ByteSize | None, Parameter(group=_ENGINE, metavar="BYTES")] = Field(
         default=None, ge=1, description="Memory for the KV pool (2GiB); measured if left out"
     )

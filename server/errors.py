@@ -3,7 +3,7 @@
     PrefixdError
      |-- ConfigError                 a setting, a flag or a combination of them can not work
      |-- ModelRefused                the base model can not be served; says which trait of it
-     |-- CapacityError               start-up: not even one request fits; names the setting to change
+     |-- CapacityError               start-up: memory is short, or not even one request fits; names the setting
      |-- RequestError                the caller's fault; `param` names the field
      |    |-- InvalidParameter
      |    |-- ContextTooLong         prefix + prompt + max_tokens exceed what the model or pool can hold
@@ -32,7 +32,7 @@ class ModelRefused(PrefixdError):
 
 
 class CapacityError(PrefixdError):
-    """The KV pool can not hold a single request."""
+    """At start: memory is short, or the KV pool can not hold a single request."""
 
 
 class RequestError(PrefixdError):

@@ -11,6 +11,7 @@ task's late reports count as `_other`: they must not take its place back.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
@@ -151,6 +152,7 @@ class Metrics:
         self._build = Info("build", "What is running", namespace=NAMESPACE, registry=self.registry)
         self._ready = gauge("ready", "1 while requests are served")
         self._model_load = gauge("model_load_duration_seconds", "Loading the model took this long")
+        self._memory = gauge("memory_bytes", "Memory taken or set aside at start, by use", "use")
 
     def _declare_prefixes(self) -> None:
         counter, gauge = self._counter, self._gauge
@@ -339,6 +341,11 @@ class Metrics:
     def set_device_capacity(self, num_bytes: int) -> None:
         """Bytes of the KV pool, which is what device prefixes can have at most."""
         self._tier_capacity.labels("device").set(num_bytes)
+
+    def set_memory(self, uses: Mapping[str, int]) -> None:
+        """Bytes by use; these are ours, so that their names are bounded."""
+        for use, num_bytes in uses.items():
+            self._memory.labels(use).set(num_bytes)
 
     def set_ready(self, ready: bool) -> None:
         """Whether requests are served."""

@@ -122,7 +122,8 @@ class Harness:
         cache = KVCache(self.model.layout, self.num_blocks, self.block_size, self.model.device)
         attention = PagedAttention(make_attention_backend(self.attention, self.model.device), cache)
         self.model.connect(attention)
-        self.runner = ModelRunner(self.model, cache, attention, self._recorded(cache, attention))
+        self.runner = ModelRunner(self.model, cache, attention)
+        self.runner.recorded = self._recorded(cache, attention)
         self.kv_cache = cache
         limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.eos_token_ids)
         self.scheduler = Scheduler(limits, self.blocks, self.resident)

@@ -21,7 +21,7 @@ from prefix_store.artifact import Prefix
 from prefix_store.backends.memory import MemoryBackend
 from prefix_store.spec import BaseSpec
 from prefix_store.validation import Limits
-from server.bootstrap import assemble_engine, plan_for
+from server.bootstrap import assemble_engine
 from server.config import ServeConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ from server.errors import GenerationFailed, RequestError
 from server.model.attention import make_attention_backend
 from server.model.base_spec import base_spec
 from server.model.loader import ATTENTION_NAME, LoadedModel
+from server.sizing import plan_for
 from server.types import (
     FinishReason,
     GenerationRequest,

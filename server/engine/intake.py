@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from prefix_store.artifact import Prefix
 from prefix_store.importers.recognition import (
@@ -27,6 +27,9 @@ from prefix_store.spec import PrefixManifest
 from prefix_store.store import PrefixStore
 from prefix_store.upload import Upload
 from server.engine.prefix_compiler import RunOnEngine
+
+MAX_PROVING: Final = 2
+"""Prefixes made or proved at a time: each is held in memory as a whole meanwhile."""
 
 
 class Compiler(Protocol):

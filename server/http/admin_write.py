@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Final, TypedDict
+from typing import TypedDict
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -25,9 +25,6 @@ from server.http.admin_aliases import follow_pin
 from server.http.json_text import json_response
 from server.http.preconditions import if_match, if_none_match
 from server.http.services import Services, services_of
-
-MAX_PROVING: Final = 2
-"""Prefixes made or proved at a time: each is held in memory as a whole meanwhile."""
 
 
 class Conditions(TypedDict):

@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from server.engine.intake import MAX_PROVING
 from server.http import error_responses
-from server.http.admin_write import MAX_PROVING
 from server.http.gate import Gate
 from server.http.routes import OPENAPI_PATH, ROUTES, Route
 from server.http.services import Lifecycle, Services

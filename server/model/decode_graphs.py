@@ -4,9 +4,9 @@ Owned by the engine thread. Recorded once at start, on CUDA with the triton back
 for each step of rows that decode one token whether a graph fits it. A graph reads and writes fixed memory, so a step is: its
 tokens, positions and work tables copied into that memory, the replay, and what it left picked up.
 
-There is a graph for each number of rows of a few, and of those one for each amount of attention: the grids of the kernels
+There is a graph for each number of rows of a few, and of those one for each length of contexts of a few: the grids of the kernels
 are fixed, and a grid for the longest contexts would launch mostly empty programs for short ones. A step takes the least graph
-that holds it. The rows that only fill it have no keys, and write theirs into a slot that nobody reads.
+that holds it, and is a forward pass where none does: many rows with very long contexts, whom launches cost little. The rows that only fill it have no keys, and write theirs into a slot that nobody reads.
 
 B = rows of a graph, V = vocabulary.
 """
@@ -32,13 +32,16 @@ from server.model.attention.triton import TablesKind, pack_plan
 from server.model.attention.work_items import CHUNK, DecodeRow, WorkPlan
 from server.model.forward_batch import ForwardBatch, RowSpan
 from server.model.loader import LoadedModel
+from server.model.recorded_steps import MOST_PARTS
 from server.model.sampler import most_probable
 
 logger = logging.getLogger(__name__)
 
 _FEW_ROWS: Final = (1, 2, 4, 8)
 _ROWS_STEP: Final = 16
-_PARTS_FACTOR: Final = 4  # from one amount of attention to the next
+_SHORT: Final = 1024  # keys of a row, and from there by
+_LENGTH_FACTOR: Final = 4
+_MOST_WORDS: Final = 2**19  # of a step's tables, which are copied to the device each time: 2 MB
 
 
 class Recorder(Protocol):
@@ -72,28 +75,34 @@ class CudaRecorder:
 
 @dataclass(frozen=True, slots=True)
 class GraphShape:
-    """`num_parts`: partial results of attention over all rows, and so the most work items."""
+    """So many rows, of up to `kv_len` keys each."""
 
     num_rows: int
-    num_parts: int
+    kv_len: int
+
+    def tables(self, block_size: int) -> TableShape:
+        """A prefix and a row's own tokens are each cut, and each put into blocks, by themselves: hence 2 more."""
+        num_parts = min(self.num_rows * (self.kv_len // CHUNK + 2), MOST_PARTS)
+        return TableShape(self.num_rows, num_parts, num_parts, self.kv_len // block_size + 2)
 
 
-def graph_shapes(max_num_rows: int, max_parts_per_row: int) -> list[GraphShape]:
-    """Every shape that is recorded, the least first: by rows, then by parts."""
+def graph_shapes(max_num_rows: int, max_model_len: int, block_size: int) -> list[GraphShape]:
+    """Every shape that is recorded, the least first: by rows, then by length."""
     few = takewhile(lambda count: count < max_num_rows, _FEW_ROWS)
     rows = [*few, *range(_ROWS_STEP, max_num_rows, _ROWS_STEP), max_num_rows]
-    parts = [_PARTS_FACTOR]
-    while parts[-1] < max_parts_per_row:
-        parts.append(parts[-1] * _PARTS_FACTOR)
-    return [GraphShape(count, count * min(p, max_parts_per_row)) for count in rows for p in parts]
+    lengths = [min(_SHORT, max_model_len)]
+    while lengths[-1] < max_model_len:
+        lengths.append(min(lengths[-1] * _LENGTH_FACTOR, max_model_len))
+    shapes = [GraphShape(count, length) for count in rows for length in lengths]
+    return [s for s in shapes if s.tables(block_size).buffer_len <= _MOST_WORDS]
 
 
 class _FixedTables:
     """The work tables of each kind of layer, in memory that all graphs have in common."""
 
-    def __init__(self, largest: GraphShape, table_width: int, device: torch.device) -> None:
-        self._width = table_width
-        self._room = self._table_shape(largest).buffer_len
+    def __init__(self, shapes: Sequence[GraphShape], block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._room = max(shape.tables(block_size).buffer_len for shape in shapes)
         self._device = device
         self._buffers: dict[TablesKind, Tensor] = {}
         self._staging: dict[TablesKind, Tensor] = {}  # on the host, where the device can fetch it
@@ -105,7 +114,7 @@ class _FixedTables:
             self._staging[kind] = torch.zeros(
                 self._room, dtype=torch.int32, pin_memory=self._device.type == "cuda"
             )
-        table_shape = self._table_shape(shape)
+        table_shape = shape.tables(self._block_size)
         return WorkTables.of(self._buffers[kind][: table_shape.buffer_len], table_shape)
 
     def plans(self, rows: Sequence[DecodeRow]) -> dict[TablesKind, WorkPlan]:
@@ -115,12 +124,9 @@ class _FixedTables:
     def fill(self, plans: dict[TablesKind, WorkPlan], shape: GraphShape) -> None:
         """Copies the work of a step to where the graph of that shape reads it. The step before has ended."""
         for kind, plan in plans.items():
-            words = pack_plan(plan, self._table_shape(shape))
+            words = pack_plan(plan, shape.tables(self._block_size))
             staged = self._staging[kind][: len(words)].copy_(words)
             self._buffers[kind][: len(words)].copy_(staged, non_blocking=True)
-
-    def _table_shape(self, shape: GraphShape) -> TableShape:
-        return TableShape(shape.num_rows, shape.num_parts, shape.num_parts, self._width)
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,9 @@ class DecodeGraphs:
         self._kv_cache = kv_cache
         self._attention = attention
         self._recorder = recorder
-        # A prefix and a row's own tokens are each cut, and each put into blocks, by themselves.
-        self._shapes = graph_shapes(max_num_rows, max_model_len // CHUNK + 2)
-        width = max_model_len // kv_cache.block_size + 2
         device = kv_cache.device
-        self._tables = _FixedTables(self._shapes[-1], width, device)
+        self._shapes = graph_shapes(max_num_rows, max_model_len, kv_cache.block_size)
+        self._tables = _FixedTables(self._shapes, kv_cache.block_size, device)
         # Token, position and slot of each row.
         self._inputs = torch.zeros(3, max_num_rows, dtype=torch.int64, device=device)
         self._inputs[2] = kv_cache.scratch_slot
@@ -183,21 +187,21 @@ class DecodeGraphs:
     @torch.inference_mode()
     def run(self, rows: Sequence[ScheduledRow]) -> tuple[Tensor, Tensor] | None:
         """Logits [len(rows), V] of a step and `most_probable` of them, until the next step; None: no graph fits it."""
-        num_rows = self._room_for(rows)
-        if num_rows is None:
-            return None
-        plans = self._tables.plans(_decode_rows(rows, num_rows))
-        num_parts = max((sum(plan.num_parts) for plan in plans.values()), default=0)
-        shape = next(s for s in self._shapes if s.num_rows == num_rows and s.num_parts >= num_parts)
-        self._tables.fill(plans, shape)
-        self._inputs[:, :num_rows].copy_(self._inputs_of(rows, num_rows))
-        self._replays[shape]()
-        return self._logits[: len(rows)], self._best[: len(rows)]
-
-    def _room_for(self, rows: Sequence[ScheduledRow]) -> int | None:
         if any(len(row.token_ids) != 1 or not row.sample for row in rows):
             return None
-        return next((s.num_rows for s in self._shapes if s.num_rows >= len(rows)), None)
+        longest = max(row.num_virtual_tokens + row.start + 1 for row in rows)
+        shape = next(
+            (s for s in self._shapes if s.num_rows >= len(rows) and s.kv_len >= longest), None
+        )
+        if shape is None:
+            return None
+        plans = self._tables.plans(_decode_rows(rows, shape.num_rows))
+        if max((sum(plan.num_parts) for plan in plans.values()), default=0) > MOST_PARTS:
+            return None
+        self._tables.fill(plans, shape)
+        self._inputs[:, : shape.num_rows].copy_(self._inputs_of(rows, shape.num_rows))
+        self._replays[shape]()
+        return self._logits[: len(rows)], self._best[: len(rows)]
 
     def _inputs_of(self, rows: Sequence[ScheduledRow], num_rows: int) -> Tensor:
         """[3, B] on the host."""

@@ -1,23 +1,16 @@
-"""Which device, how much of its memory the KV pool may take, and what it means when there is none left.
+"""Which device, and what it means when it has no memory left: at start, and while it serves.
 
-Called by `server.bootstrap` at start; `memory_or_later` by bakes and trials, on the engine thread and workers.
+Called by `server.bootstrap` and `server.sizing` at start; `memory_or_later` by bakes and trials, on the engine thread and workers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Final
 
 import torch
 
-from server.errors import ConfigError, EngineOverloaded
-
-# Of the memory that is free once the weights are loaded. The CPU shares its memory with everything else.
-_CPU_SHARE: Final = 0.25
-_CUDA_SHARE: Final = 0.85  # the rest is for activations and the allocator's slack
+from server.errors import CapacityError, ConfigError, EngineOverloaded
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,27 +25,6 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory for the KV pool when no setting says how much."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_SHARE)
-    return int(_available_host_bytes() * _CPU_SHARE)
-
-
-def _available_host_bytes() -> int:
-    """Free host memory, within the container's limit if there is one."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, max(0, int(text) - used))
-    return free
-
-
 @contextlib.contextmanager
 def memory_or_later(purpose: str) -> Iterator[None]:
     """Memory that is short now may be there later: raises `EngineOverloaded` then; running requests go on.
@@ -61,9 +33,25 @@ def memory_or_later(purpose: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
             raise
         raise EngineOverloaded(
             f"there is not enough memory {purpose} now; try again later"
         ) from None
+
+
+@contextlib.contextmanager
+def memory_or_refused(purpose: str, remedy: str) -> Iterator[None]:
+    """Memory that is short at start will not come: raises `CapacityError` with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CapacityError(f"there is not enough memory {purpose}: {remedy}") from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError, which is a `RuntimeError`, or the plain one of the CPU's allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

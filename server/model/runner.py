@@ -22,19 +22,13 @@ from server.model.sampler import sample
 
 
 class ModelRunner:
-    """One model, its KV pool, and the attention that connects them. `recorded` is asked for each step first."""
+    """One model, its KV pool, and the attention that connects them. `recorded`, if set, is asked for each step first."""
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        kv_cache: KVCache,
-        attention: PagedAttention,
-        recorded: RecordedSteps | None = None,
-    ) -> None:
+    def __init__(self, model: LoadedModel, kv_cache: KVCache, attention: PagedAttention) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._attention = attention
-        self._recorded = recorded
+        self.recorded: RecordedSteps | None = None
 
     @torch.inference_mode()
     def execute(
@@ -54,7 +48,7 @@ class ModelRunner:
 
     def _logits(self, rows: tuple[ScheduledRow, ...]) -> tuple[Tensor, Tensor | None]:
         """Logits [number of sampling rows, V], and the most probable token of each if a graph has found it."""
-        recorded = self._recorded.run(rows) if self._recorded else None
+        recorded = self.recorded.run(rows) if self.recorded else None
         return (self.forward(rows), None) if recorded is None else recorded
 
     @torch.inference_mode()

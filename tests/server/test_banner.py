@@ -9,6 +9,8 @@ from prefix_store import PrefixStore, records
 from prefix_store.backends.memory import MemoryBackend
 from prefix_store.validation import Limits
 from server import banner
+from server.kvcache.memory_account import MemoryAccount, MemoryUse
+from server.kvcache.pool_plan import PoolPlan
 from tests.prefix_store.builders import TINY_BASE, make_artifact
 
 
@@ -30,3 +32,22 @@ def test_damaged_version_logs_are_told_beside_the_tasks() -> None:
     assert tasks_row() == "2 (clerk, poet)"
     assert tasks_row("poet") == "1 (clerk); 1 with a damaged version log"
     assert tasks_row("clerk", "poet").endswith("; 2 with a damaged version log")
+
+
+def test_the_memory_is_shown_a_term_a_line_and_what_the_pool_fits() -> None:
+    account = MemoryAccount("memory of cuda:0", 10**10, 0.9, (MemoryUse("weights", 10**9),))
+    pool = PoolPlan(101, 16, 50_000, 400, account)
+
+    rows = banner._memory(pool)
+
+    assert [(name, " ".join(text.split())) for name, text in rows] == [
+        ("memory", "memory of cuda:0 10.0 GB"),
+        ("", "x 0.9 9.0 GB"),
+        ("", "- weights 1.0 GB"),
+        ("", "= left for the KV pool 8.0 GB"),
+        (
+            "KV blocks",
+            "100 of 16 tokens, 5.0 MB -> 1600 tokens -> fits 4 requests of 400 tokens, or 50 prefixes of 32",
+        ),
+    ]
+    assert [name for name, _ in banner._memory(PoolPlan(101, 16, 50_000, 400))] == ["KV blocks"]

@@ -54,7 +54,7 @@ def test_every_setting_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "host_cache_bytes": "3GiB", "max_num_virtual_tokens": "5", "pin": "a, b", "pin_budget": "0.2",
         "max_num_seqs": "6", "max_num_batched_tokens": "7", "max_num_queued": "8",
         "max_model_len": "9", "block_size": "10", "kv_cache_bytes": "1GiB", "num_kv_blocks": "11",
-        "log_level": "debug", "log_format": "json", "metrics_max_tasks": "12",
+        "gpu_memory_utilization": "0.5", "log_level": "debug", "log_format": "json", "metrics_max_tasks": "12",
     }  # fmt: skip
     for name, text in values.items():
         monkeypatch.setenv(f"PREFIXD_{name.upper()}", text)
@@ -109,6 +109,8 @@ def test_a_missing_file_is_refused() -> None:
         ("device", "tpu"),
         ("max_num_seqs", 0),
         ("kv_cache_bytes", "many"),
+        ("gpu_memory_utilization", 0),
+        ("gpu_memory_utilization", 1.01),
         ("pin", "Bad Name"),
         ("log_level", "loud"),
         ("host", ""),

@@ -13,7 +13,7 @@ METRIC_NAMES = {
     "admin_operations", "admission_rejections", "auth_failures", "batch_distinct_tasks",
     "batch_requests", "batch_tokens", "build", "decode_time_seconds", "generation_tokens",
     "http_request_duration_seconds", "http_requests", "inter_token_latency_seconds",
-    "kv_cache_blocks", "kv_cache_usage_ratio", "model_load_duration_seconds", "preemptions",
+    "kv_cache_blocks", "kv_cache_usage_ratio", "memory_bytes", "model_load_duration_seconds", "preemptions",
     "prefill_time_seconds", "prefix_cache_bytes", "prefix_cache_capacity_bytes",
     "prefix_cache_entries", "prefix_cache_evictions", "prefix_cache_lookups",
     "prefix_load_duration_seconds", "prefix_load_failures", "prefix_resident", "prompt_tokens",

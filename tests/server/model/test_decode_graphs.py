@@ -44,6 +44,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(work_items, "CHUNK", 32)
     monkeypatch.setattr(decode_graphs, "CHUNK", 32)
+    monkeypatch.setattr(decode_graphs, "_SHORT", 64)
 
 
 def answers(recorder: Any, architecture: str) -> tuple[Mapping[Any, list[int]], Harness]:
@@ -85,25 +86,38 @@ def test_replayed_steps_give_the_tokens_of_forward_passes(architecture: str) -> 
         assert not layer.keys[:16].any(), "rows that fill a graph wrote into the null block"
 
 
-def test_shapes_grow_with_rows_and_then_with_parts() -> None:
+def test_shapes_grow_with_rows_and_then_with_length() -> None:
     from server.model.decode_graphs import GraphShape, graph_shapes
 
-    assert graph_shapes(1, 2) == [GraphShape(1, 2)]
-    assert graph_shapes(2, 5) == [
-        GraphShape(1, 4),
-        GraphShape(1, 5),
-        GraphShape(2, 8),
-        GraphShape(2, 10),
+    assert graph_shapes(1, 500, 16) == [GraphShape(1, 500)]
+    assert graph_shapes(2, 1500, 16) == [
+        GraphShape(1, 1024),
+        GraphShape(1, 1500),
+        GraphShape(2, 1024),
+        GraphShape(2, 1500),
     ]
-    shapes = graph_shapes(200, 34)
-    rows = sorted({shape.num_rows for shape in shapes})
-    assert rows == [1, 2, 4, 8, *range(16, 200, 16), 200]
-    assert max(shape.num_parts for shape in shapes) == 200 * 34, "room for the longest of all rows"
+    shapes = graph_shapes(200, 4096, 16)
+    assert sorted({shape.num_rows for shape in shapes}) == [1, 2, 4, 8, *range(16, 200, 16), 200]
+    assert {shape.kv_len for shape in shapes} == {1024, 4096}
+
+
+def test_many_rows_with_very_long_contexts_have_no_graph_and_few_do() -> None:
+    """Their tables would be megabytes to copy in each step."""
+    from server.model.decode_graphs import graph_shapes
+
+    shapes = graph_shapes(256, 131_072, 16)
+
+    longest = {
+        count: max(s.kv_len for s in shapes if s.num_rows == count) for count in (1, 32, 256)
+    }
+    assert longest == {1: 131_072, 32: 131_072, 256: 16_384}
+    assert all(shape.tables(16).buffer_len <= 2**19 for shape in shapes)
+    assert all(shape.tables(16).num_parts <= 8192 for shape in shapes)
 
 
 @pytest.mark.usefixtures("short_chunks")
 def test_a_step_takes_the_least_graph_that_holds_it() -> None:
-    from server.model.decode_graphs import DecodeGraphs
+    from server.model.decode_graphs import DecodeGraphs, GraphShape
 
     harness = Harness(
         tiny_model("llama", num_hidden_layers=1).to(KERNEL_DEVICE),
@@ -112,7 +126,7 @@ def test_a_step_takes_the_least_graph_that_holds_it() -> None:
         attention="triton",
         recorder=Rerun(),
     )
-    graphs = harness.runner._recorded
+    graphs = harness.runner.recorded
     assert isinstance(graphs, DecodeGraphs)
     used = []
     graphs._replays = {shape: lambda shape=shape: used.append(shape) for shape in graphs._replays}  # type: ignore[misc] # the shape is bound here and now
@@ -121,7 +135,7 @@ def test_a_step_takes_the_least_graph_that_holds_it() -> None:
     harness.add("long", [1] * 200, None, SamplingParams(max_tokens=2, temperature=0.0))
     harness.run()
 
-    assert [(shape.num_rows, shape.num_parts) for shape in used] == [(1, 4), (1, 16)]
+    assert used == [GraphShape(1, 64), GraphShape(1, 256)]
 
 
 def test_a_step_with_a_prompt_has_no_graph() -> None:
