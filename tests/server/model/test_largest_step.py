@@ -77,9 +77,9 @@ def test_a_trial_leaves_nothing_behind(architecture: str) -> None:
     assert architecture in ARCHITECTURES
     model = adopt_model(tiny_model(architecture), model_id="tiny")
     runner, cache = runner_of(model)
-    for layer in cache.layers:  # block 0 stays zero, and the last is the trial's
-        layer.keys[BLOCK_SIZE:-BLOCK_SIZE] = 1.5
-        layer.values[BLOCK_SIZE:-BLOCK_SIZE] = 2.5
+    for layer in cache.layers:  # block 0 stays zero, the last block is the trial's
+        layer.keys[BLOCK_SIZE : (cache.num_blocks - 1) * BLOCK_SIZE] = 1.5
+        layer.values[BLOCK_SIZE : (cache.num_blocks - 1) * BLOCK_SIZE] = 2.5
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     state = torch.get_rng_state()
 
