@@ -23,7 +23,9 @@ def test_a_prefix_made_of_the_answer_alone_is_accepted(client: TestClient) -> No
         base_model=BaseModelRef(**base["base_model"]),
     )
     length, dtype = manifest.num_virtual_tokens, getattr(torch, base["dtype"])
-    keys = [torch.ones(length, x["num_kv_heads"], x["key_dim"], dtype=dtype) for x in base["layers"]]
+    keys = [
+        torch.ones(length, x["num_kv_heads"], x["key_dim"], dtype=dtype) for x in base["layers"]
+    ]
     values = [
         torch.ones(length, x["num_kv_heads"], x["value_dim"], dtype=dtype) for x in base["layers"]
     ]
