@@ -47,17 +47,25 @@ class Served:
 
 
 class ServerView:
-    """A context manager. `keys`: the API key, the admin key; None for one that nobody gave."""
+    """A context manager. A key is None if nobody gave it."""
 
-    def __init__(self, origin: Origin, api_key: str | None, admin_key: str | None) -> None:
+    def __init__(
+        self,
+        origin: Origin,
+        api_key: str | None,
+        admin_key: str | None,
+        client: httpx2.Client | None = None,
+    ) -> None:
+        """`client`: who asks instead of a client of its own, which knows no proxy."""
         self.origin = origin
+        self._given = client
         self._api_key = api_key or admin_key  # the admin key opens inference too
         self._admin_key = admin_key
 
     def __enter__(self) -> Self:
         import httpx2
 
-        self._client = httpx2.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        self._client = self._given or httpx2.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
         return self
 
     def __exit__(
