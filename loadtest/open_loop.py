@@ -35,9 +35,6 @@ class Destination:
     max_open: int
 
 
-OnMoment = Callable[[], None]
-
-
 class OpenLoop:
     """One run. `record` can be watched while it goes on."""
 
@@ -86,3 +83,12 @@ class OpenLoop:
         task = to.tasks[int(traffic.task[index])]
         body = request_body(task, prompt, int(traffic.output_len[index]))
         return to.origin.post(ROUTE, to.headers, body)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed, as in the server."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loadtest.descriptors import max_open_streams
 from loadtest.made_tasks import MadeTasks, made_tasks
-from loadtest.open_loop import Destination, OpenLoop
+from loadtest.open_loop import Destination, OpenLoop, loop_factory
 from loadtest.progress import REFRESH_SECONDS, Progress, line
 from loadtest.recorder import Recorder
 from loadtest.server_view import Served, ServerView, difference
@@ -91,7 +91,7 @@ def _in_loop(
     loop: OpenLoop, server: ServerView, progress: Progress, title: str
 ) -> dict[str, float] | None:
     """Runs it; how far the server's counters went from the end of the warm-up to the last answer."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_watched(loop, server, progress, title))
 
 
@@ -115,12 +115,3 @@ async def _watched(
     finally:
         showing.cancel()
         before.cancel()
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it is installed, as in the server."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

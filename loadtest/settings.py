@@ -88,9 +88,10 @@ def _capped(shape: Shape, used: Sequence[ServedTask]) -> tuple[Shape, tuple[str,
         return shape, ()
     # The longer of the two gives way first.
     shorter = min(high_in, high_out, limit // 2)
-    high_in, high_out = min(high_in, limit - shorter), min(high_out, limit - shorter)
-    if high_in + high_out > limit:
-        high_in = high_out = limit // 2
+    if high_in <= high_out:
+        high_in, high_out = shorter, limit - shorter
+    else:
+        high_in, high_out = limit - shorter, shorter
     if high_in < low_in or high_out < low_out:
         raise BadLoad(
             f"{tightest.name} has room for {limit} tokens of prompt and answer: "

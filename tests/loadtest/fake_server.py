@@ -33,7 +33,9 @@ class Exchange:
         self.writer.write(b"%x\r\n%s\r\n" % (len(data), data))
 
     def event(self, num_tokens: int, **more: Any) -> None:
-        self.write(b"data: " + json.dumps({"token_ids": [1] * num_tokens, **more}).encode() + b"\n\n")
+        self.write(
+            b"data: " + json.dumps({"token_ids": [1] * num_tokens, **more}).encode() + b"\n\n"
+        )
 
     def end(self) -> None:
         self.writer.write(b"0\r\n\r\n")

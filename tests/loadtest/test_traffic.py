@@ -30,7 +30,9 @@ def test_gaps_have_the_mean_and_the_coefficient_of_variation_asked_for(burstines
 
     assert len(at) == pytest.approx(100_000, abs=5 * burstiness * 100_000**0.5)
     # The variance of a sample's variance grows with the fourth moment, 3 + 6 cv² for gamma gaps.
-    spread = 5 * ((2 + 6 * burstiness**2) / len(gaps)) ** 0.5 / 2 + 5 * burstiness / len(gaps) ** 0.5
+    spread = (
+        5 * ((2 + 6 * burstiness**2) / len(gaps)) ** 0.5 / 2 + 5 * burstiness / len(gaps) ** 0.5
+    )
     assert gaps.std() / gaps.mean() == pytest.approx(burstiness, rel=spread)
 
 

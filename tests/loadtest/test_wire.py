@@ -32,7 +32,7 @@ def test_a_url_may_have_a_path_and_a_slash_at_its_end(
     ["127.0.0.1:8000", "ftp://gate", "http://", "http://gate:port", "http://a?b", "http://me@gate"],
 )
 def test_what_is_no_base_url_is_refused_by_name(url: str) -> None:
-    with pytest.raises(BadLoad, match="expected a URL|Port could not"):
+    with pytest.raises(BadLoad, match=r"expected a URL|Port could not"):
         Origin.of(url)
 
 
