@@ -186,7 +186,7 @@ def _print(figures: dict[str, Any]) -> None:
     for content in tables(figures["runs"]):
         table = Table(title=content.title, title_justify="left", title_style="bold")
         for number, name in enumerate(content.header):
-            table.add_column(name, justify="left" if number == 0 or not name else "right")
+            table.add_column(name, justify="left" if number < content.num_names else "right")
         for row in content.rows:
             table.add_row(*map(Text, row))
         console.print(table)

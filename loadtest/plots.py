@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,11 +29,12 @@ _INK, _FAINT = "#1f2328", "#d0d7de"
 _WIDTH: Final = 7.2  # inches
 _DPI: Final = 140
 _MAX_POINTS: Final = 2_000
+_MAX_BINS: Final = 30  # of the throughput; more would be noise
 
 CAPTIONS: Final = {
     "ttft": "Time to first token from the scheduled arrival: share of the requests that had it by then",
     "itl": "Gap between two events with tokens: share of the gaps up to that length",
-    "throughput": "Output tokens that arrived in each second; the warm-up, which does not count, is shaded",
+    "throughput": "Output tokens that arrived, by time; the warm-up, which does not count, is shaded",
     "tasks": "Throughput over that of the run it is compared with, and TTFT, by number of tasks",
 }
 """What each plot shows, in the order in which the report shows them."""
@@ -92,23 +94,41 @@ def _step(axes: Axes, x: Any, y: Any, number: int, label: str) -> None:
 
 
 def _finish_distribution(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes.set_xscale("log")
-    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.04)
+    axes.set_ylim(0, 1.03)
     _legend(axes)
 
 
 def _throughput(measured: Measured, figure: Figure) -> None:
-    axes = _titled(figure.subplots(), "Throughput over time", "seconds", "output tokens/s")
-    warmup = end = 0.0
-    for number, (run, record) in enumerate(measured):
-        warmup, end = record.warmup_seconds, record.warmup_seconds + record.window_seconds
-        bins = record.tokens_per_bin[: max(int(end), 1)]  # the last fraction of a second is none
-        axes.step(np.arange(len(bins)), bins, where="post", label=name_of(run), **_look(number))
+    axes = figure.subplots()
+    longest = max(len(record) for _, record in _seconds(measured))
+    width = max(math.ceil(longest / _MAX_BINS), 1)
+    means = "second" if width == 1 else f"{width} seconds"
+    _titled(axes, "Throughput over time", f"seconds; means over each {means}", "output tokens/s")
+    for number, (label, counts) in enumerate(_seconds(measured)):
+        whole = counts[: len(counts) // width * width].reshape(-1, width).mean(axis=1)
+        axes.plot((np.arange(len(whole)) + 0.5) * width, whole, label=label, **_look(number))
+    warmup = measured[0][1].warmup_seconds
     if warmup:
         axes.axvspan(0, warmup, color=_FAINT, alpha=0.45, linewidth=0)
-    axes.set_xlim(0, max(end, 1))
+    axes.set_xlim(0, longest)
     axes.set_ylim(bottom=0)
     _legend(axes)
+
+
+def _seconds(measured: Measured) -> list[tuple[str, Any]]:
+    """Each run's tokens in each whole second in which requests were sent."""
+    found = []
+    for run, record in measured:
+        end = max(int(record.warmup_seconds + record.window_seconds), 1)
+        found.append((name_of(run), record.tokens_per_bin[:end]))
+    return found
 
 
 def _by_tasks(measured: Measured, figure: Figure) -> None:

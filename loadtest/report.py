@@ -29,7 +29,7 @@ h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; padding-bottom: .3rem; border-bo
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, th.text, td.text { text-align: left; }
+th.text, td.text { text-align: left; }
 figure { margin: 1rem 0 1.6rem; }
 figure img { width: 100%; height: auto; border: 1px solid #d0d7de; border-radius: 8px; display: block; }
 figcaption { color: #59636e; font-size: .9rem; margin-top: .35rem; }
@@ -87,13 +87,15 @@ def all_warnings(figures: Mapping[str, Any]) -> list[str]:
 def _settings(figures: Mapping[str, Any]) -> ResultTable:
     given = {**figures["server"], **figures["settings"]}
     rows = tuple((name, json.dumps(value).strip('"')) for name, value in given.items())
-    return ResultTable("Settings", ("setting", "value"), rows)
+    return ResultTable("Settings", ("setting", "value"), rows, num_names=2)
 
 
 def _table(content: ResultTable) -> str:
-    head = "".join(_cell("th", text, n) for n, text in enumerate(content.header))
+    head = "".join(
+        _cell("th", text, n < content.num_names) for n, text in enumerate(content.header)
+    )
     rows = "".join(
-        f"<tr>{''.join(_cell('td', text, n) for n, text in enumerate(row))}</tr>"
+        f"<tr>{''.join(_cell('td', text, n < content.num_names) for n, text in enumerate(row))}</tr>"
         for row in content.rows
     )
     note = f'<p class="soft">{escape(content.note)}</p>' if content.note else ""
@@ -103,9 +105,8 @@ def _table(content: ResultTable) -> str:
     )
 
 
-def _cell(tag: str, text: str, column: int) -> str:
-    is_text = column == 1 and not text.replace(",", "").replace(".", "").isdigit()
-    kind = ' class="text"' if is_text else ""
+def _cell(tag: str, text: str, is_name: bool) -> str:
+    kind = ' class="text"' if is_name else ""
     return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
 

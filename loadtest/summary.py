@@ -18,7 +18,7 @@ from loadtest.recorder import TIERS, Outcome, Recorder
 
 PERCENTILES: Final = (50, 90, 95, 99)
 LAG_WARNING_SECONDS: Final = 0.1
-_COLD: Final = ("host", "disk")
+COLD: Final = ("host", "disk")
 
 
 def summarise(record: Recorder, num_tasks: int, slo_ttft: float | None) -> dict[str, Any]:
@@ -71,7 +71,8 @@ def distribution(values: npt.NDArray[np.float64]) -> dict[str, Any]:
 
 def gap_distribution(gaps: LogHistogram) -> dict[str, Any]:
     """The same of the gaps between tokens, which are only counted."""
-    return {"count": gaps.total, **{f"p{p}": gaps.percentile(p) for p in PERCENTILES}}
+    found = {f"p{p}": gaps.percentile(p) for p in PERCENTILES}
+    return {"count": gaps.total, "max": gaps.percentile(100), **found}
 
 
 def throughput_ratios(runs: Sequence[dict[str, Any]]) -> dict[int, float | None]:
@@ -87,8 +88,8 @@ def _by_tier(
     """`resident`: the prefix was on the device; `cold`: it had to be brought there. Of whole answers."""
     tier = record.tier[counted]
     done = record.outcome[counted] == Outcome.DONE
-    groups = {"resident": ("device",), "cold": _COLD, "no_prefix": ("none",)}
-    groups |= {name: (name,) for name in _COLD}
+    groups = {"resident": ("device",), "cold": COLD, "no_prefix": ("none",)}
+    groups |= {name: (name,) for name in COLD}
     found = {}
     for group, names in groups.items():
         chosen = done & np.isin(tier, [TIERS.index(name) for name in names])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from loadtest.summary import PERCENTILES, throughput_ratios
+from loadtest.summary import COLD, PERCENTILES, throughput_ratios
 
 _NOTHING: Final = "-"
 Runs = Sequence[dict[str, Any]]
@@ -14,12 +14,13 @@ Runs = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """Cells are texts as they shall be read; all but the first column stand right."""
+    """Cells are texts as they shall be read; all but the first `num_names` columns hold numbers."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    num_names: int = 1
 
 
 def tables(runs: Runs) -> list[ResultTable]:
@@ -86,7 +87,7 @@ def latencies(runs: Runs) -> ResultTable:
         "TTFT and end to end count from the scheduled arrival; ITL is the gap between two events with tokens. "
         "sent late by: how far the generator itself was behind, which the latencies include."
     )
-    return ResultTable("Latency in milliseconds", _latency_header(""), tuple(rows), note)
+    return ResultTable("Latency in milliseconds", _latency_header(""), tuple(rows), note, 2)
 
 
 def tiers(runs: Runs) -> ResultTable:
@@ -95,10 +96,11 @@ def tiers(runs: Runs) -> ResultTable:
         (name_of(run), group.replace("_", " "), *_percentiles(found))
         for run in runs
         for group, found in run["ttft_by_tier"].items()
+        if group not in COLD or found["count"] < run["ttft_by_tier"]["cold"]["count"]
     ]
     note = "Of whole answers. resident: the prefix was on the device; cold: it came from host memory or disk."
     header = _latency_header("prefix")
-    return ResultTable("TTFT in milliseconds, by prefix", header, tuple(rows), note)
+    return ResultTable("TTFT in milliseconds, by prefix", header, tuple(rows), note, 2)
 
 
 def refusals(runs: Runs) -> ResultTable:
@@ -109,7 +111,10 @@ def refusals(runs: Runs) -> ResultTable:
         for reason, count in run["not_done_by_reason"].items()
     ]
     return ResultTable(
-        "Not answered, by status and reason", ("tasks", "reason", "requests"), tuple(rows)
+        "Not answered, by status and reason",
+        ("tasks", "reason", "requests"),
+        tuple(rows),
+        num_names=2,
     )
 
 
@@ -123,10 +128,10 @@ def server_counters(runs: Runs) -> ResultTable:
     ]
     note = (
         "From /metrics, between the end of the warm-up and the last answer. Lookups: requests by the tier "
-        "in which their prefix was found; other clients' are among them."
+        "in which their prefix was found, counted when they end; other clients' are among them."
     )
     return ResultTable(
-        "Counters of the server", ("tasks", "counter", "increase"), tuple(rows), note
+        "Counters of the server", ("tasks", "counter", "increase"), tuple(rows), note, 2
     )
 
 

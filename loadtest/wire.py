@@ -1,7 +1,7 @@
 """HTTP/1.1 as a load generator needs it: thousands of open answers on one thread, a callback for each piece.
 
 Runs on the event loop; used by `open_loop`. Not httpx2, which the client commands use: that takes a coroutine and its
-pool's lock for each request and eight times the time for each token's event (`docs/lab-log.md`), and a generator that is
+pool's lock for each request and five times the CPU time for each token's event (`docs/lab-log.md`), and a generator that is
 slower than the server measures itself. httptools is what the server parses with. No proxies, no redirects: what is
 between would be measured too.
 """
