@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loadtest.errors import LoadTestError
 from loadtest.plots import require_matplotlib
 from loadtest.progress import Progress
 from loadtest.report import all_warnings, write_json, write_report
@@ -142,7 +143,7 @@ def bench(
     origin = Origin.of(url or environment("URL") or DEFAULT_URL)
     keys = (api_key or environment("API_KEY"), admin_key or environment("ADMIN_KEY"))
     results = Results()
-    interrupted = _run(test, ServerView(origin, *keys), results)
+    interrupted, failure = _run(test, ServerView(origin, *keys), results)
     figures = _figures(test, origin, results, interrupted)
     if results.runs:
         _print(figures)
@@ -150,18 +151,26 @@ def bench(
             write_json(json_file, figures)
         if out is not None:
             write_report(out, results.runs, figures)
-    print(json.dumps(figures), flush=True)
+    if results.runs or failure is None:
+        print(json.dumps(figures), flush=True)
+    if failure is not None:
+        raise failure
     return INTERRUPTED if interrupted else 0
 
 
-def _run(test: LoadTest, server: ServerView, results: Results) -> bool:
-    """Whether someone interrupted it; the tasks that it made are gone by then."""
+def _run(test: LoadTest, server: ServerView, results: Results) -> tuple[bool, LoadTestError | None]:
+    """Whether someone interrupted it, and what made it fail: neither takes away the runs that were whole.
+
+    The tasks that it made are gone by then, unless the failure says otherwise.
+    """
     try:
         with server, Progress() as progress:
             run_load_test(test, server, results, progress)
     except KeyboardInterrupt:
-        return True
-    return False
+        return True, None
+    except LoadTestError as error:
+        return False, error
+    return False, None
 
 
 def _figures(test: LoadTest, origin: Origin, results: Results, interrupted: bool) -> dict[str, Any]:

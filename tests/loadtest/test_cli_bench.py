@@ -1,21 +1,29 @@
-"""A load test of a real server process, from the command line: its figures, its report, what it leaves behind."""
+"""A load test of a real server, from the command line: its figures, its report, what it leaves behind."""
 
 from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+import uvicorn
+from pydantic import SecretStr
 
 from loadtest.__main__ import main
-from loadtest.made_tasks import random_prefix
-from tests.e2e.live_server import ADMIN, ADMIN_KEY, LiveServer, live_server
+from loadtest.made_tasks import MadeTasks, random_prefix
+from server import bootstrap
+from server.config import ServeConfig
+from tests.real_app import ADMIN, ADMIN_KEY
 from tests.tiny_model_dir import save_tiny_model
 
 API_KEY = "test-api-key"
@@ -23,17 +31,48 @@ TASKS = "/admin/v1/tasks"
 TRAFFIC = ("--input-len", "2", "6", "--output-len", "2", "4")
 
 
+@dataclass(frozen=True)
+class ThreadedServer:
+    """The whole server on a thread of this process, which has what it imports already, behind a real port."""
+
+    url: str
+
+    def client(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=120.0)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadedServer]:
     """With one task that is nobody's business."""
     folder = tmp_path_factory.mktemp("bench")
-    model = str(save_tiny_model(folder / "model"))
-    flags = ("--model", model, "--store", str(folder / "store"), "--api-key", API_KEY)
-    with live_server(folder, *flags) as running, running.client() as client:
-        base = client.get("/admin/v1/base", headers=ADMIN).json()
-        theirs = random_prefix(base, 5, seed=1)
-        assert client.put(f"{TASKS}/theirs", content=theirs, headers=ADMIN).status_code == 201
-        yield running
+    config = ServeConfig(
+        model=str(save_tiny_model(folder / "model")),
+        store=folder / "store",
+        num_threads=1,
+        num_kv_blocks=200,
+        api_key=SecretStr(API_KEY),
+        admin_key=SecretStr(ADMIN_KEY),
+    )
+    settings = uvicorn.Config(bootstrap.build(config).app, log_config=None, lifespan="on")
+    running = uvicorn.Server(settings)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not running.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.02)
+            found = ThreadedServer(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            with found.client() as client:
+                base = client.get("/admin/v1/base", headers=ADMIN).json()
+                theirs = random_prefix(base, 5, seed=1)
+                answer = client.put(f"{TASKS}/theirs", content=theirs, headers=ADMIN)
+                assert answer.status_code == 201, answer.text
+            yield found
+        finally:
+            running.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +83,7 @@ def same_signals() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def tasks_of(server: LiveServer) -> list[str]:
+def tasks_of(server: ThreadedServer) -> list[str]:
     with server.client() as client:
         return [t["task"] for t in client.get(TASKS, headers=ADMIN).json()["data"]]
 
@@ -58,7 +97,7 @@ def bench(*arguments: str) -> int:
 
 
 def test_a_load_test_measures_reports_and_leaves_the_server_as_it_was(
-    server: LiveServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ThreadedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, file = tmp_path / "out", tmp_path / "figures.json"
     flags = ["--make-tasks", "3", "--num-virtual-tokens", "7", "--tasks", "1", "3", "0"]
@@ -97,8 +136,25 @@ def check_run(run: dict[str, Any]) -> None:
     assert found >= (requests["done"] if run["tasks"] else 0)
 
 
+def test_tasks_that_could_not_be_removed_cost_no_result(
+    server: ThreadedServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remove = MadeTasks.remove
+    monkeypatch.setattr(MadeTasks, "remove", lambda tasks: [*remove(tasks), "bench-0001"])
+    flags = ["--make-tasks", "1", "--num-virtual-tokens", "7", "--duration", "0.5", *TRAFFIC]
+    flags += ["--warmup", "0", "--api-key", API_KEY, "--admin-key", ADMIN_KEY]
+
+    assert bench(server.url, *flags) == 1
+
+    captured = capsys.readouterr()
+    assert "could not be removed" in captured.err
+    assert len(json.loads(captured.out.splitlines()[-1])["runs"]) == 1
+
+
 def test_tasks_that_are_there_are_used_without_an_admin_key(
-    server: LiveServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: ThreadedServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFIXD_URL", server.url)
     monkeypatch.setenv("PREFIXD_API_KEY", API_KEY)
@@ -121,7 +177,7 @@ def test_tasks_that_are_there_are_used_without_an_admin_key(
     ],
 )
 def test_what_can_not_be_measured_is_an_error_with_an_exit_code(
-    server: LiveServer,
+    server: ThreadedServer,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
     code: int,
@@ -134,7 +190,9 @@ def test_what_can_not_be_measured_is_an_error_with_an_exit_code(
     assert "Traceback" not in captured.err
 
 
-def test_an_interrupt_ends_it_and_removes_what_it_made(server: LiveServer, tmp_path: Path) -> None:
+def test_an_interrupt_ends_it_and_removes_what_it_made(
+    server: ThreadedServer, tmp_path: Path
+) -> None:
     flags = ["--make-tasks", "3", "--num-virtual-tokens", "7", "--duration", "120", *TRAFFIC]
     flags += ["--api-key", API_KEY, "--admin-key", ADMIN_KEY]
     command = [sys.executable, "-m", "loadtest", "bench", server.url, *flags]
