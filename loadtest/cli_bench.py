@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -178,6 +179,7 @@ def _figures(test: LoadTest, origin: Origin, results: Results, interrupted: bool
     settings = asdict(test)
     settings["shape"] = asdict(test.shape if plan is None else plan.shape)
     return {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "server": {
             "url": origin.url,
             "model": served.base.name if served else None,

@@ -61,7 +61,10 @@ def page(figures: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
     """The whole file."""
     server = figures["server"]
     title = f"Load test of {server['model']}"
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(server["url"])}</p>']
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(server["url"])}, {escape(figures["measured_at"])}</p>',
+    ]
     parts += [f'<div class="warning">{escape(text)}</div>' for text in all_warnings(figures)]
     parts += [_table(table) for table in tables(figures["runs"])[:1]]
     parts += [_figure(plots[name], caption) for name, caption in CAPTIONS.items() if name in plots]

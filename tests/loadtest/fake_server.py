@@ -99,7 +99,7 @@ class FakeServer:
 async def fake_server(script: Script) -> AsyncIterator[FakeServer]:
     """Listens on loopback until the block is left."""
     fake = FakeServer(script)
-    listening = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
+    listening = await asyncio.start_server(fake.serve, "127.0.0.1", 0, backlog=4096)
     fake.port = listening.sockets[0].getsockname()[1]
     try:
         yield fake

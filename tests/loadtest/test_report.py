@@ -38,6 +38,7 @@ def measured(num_tasks: int) -> tuple[dict[str, Any], Recorder]:
 
 def figures_of(*runs: dict[str, Any]) -> dict[str, Any]:
     return {
+        "measured_at": "2026-01-01T00:00:00+00:00",
         "server": {"url": "http://gate:8000", "model": "org/<b>tiny</b>", "version": "1"},
         "settings": {"rate": 10.0},
         "notes": ["lengths were cut"],
