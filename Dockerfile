@@ -24,6 +24,7 @@ COPY prefix_store prefix_store
 COPY demo demo
 COPY converter converter
 COPY trainer trainer
+COPY loadtest loadtest
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip wheel --no-deps --wheel-dir /wheels .
 

@@ -4,6 +4,7 @@
     prefixd tasks ...                                            in `server.cli_tasks`
     prefixd convert | inspect | verify | audit verify            in `server.cli_*` of that name
     prefixd train | sweep | doctor | evaluate | hand-over        in `server.cli_train`
+    prefixd bench                                                in `server.cli_bench`
 
 Heavy libraries are imported by the command that needs them, so that `--help` answers at once.
 """
@@ -23,6 +24,7 @@ from pydantic import SecretStr
 from prefix_store.errors import PrefixStoreError
 from server import __version__
 from server.cli_audit import audit_app
+from server.cli_bench import bench_app
 from server.cli_convert import convert_app
 from server.cli_inspect import inspect_app
 from server.cli_report import shown
@@ -76,6 +78,7 @@ app.command(inspect_app)
 app.command(verify_app)
 app.command(evaluate_app)
 app.command(hand_over_app)
+app.command(bench_app)
 app.command(config_app)
 
 

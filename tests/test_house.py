@@ -15,7 +15,7 @@ import pytest
 from server import __version__
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("server", "prefix_store", "demo", "converter", "trainer")
+PACKAGES = ("server", "prefix_store", "demo", "converter", "trainer", "loadtest")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 CODE = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 DOCUMENTS = sorted(
@@ -39,6 +39,7 @@ BUDGET_LINES = {
     "demo": 2_500,
     "converter": 1_300,
     "trainer": 10_500,
+    "loadtest": 2_500,
 }
 
 # The only readers of pickled files; no server process imports them.
@@ -162,11 +163,11 @@ def test_pickled_files_are_read_offline_and_for_their_tensors_only() -> None:
         assert {k.arg: ast.unparse(k.value) for k in load.keywords}["weights_only"] == "True"
 
 
-def test_a_server_process_imports_nothing_of_the_converter_or_the_trainer() -> None:
+def test_a_server_process_imports_nothing_of_the_commands_beside_it() -> None:
     """import-linter proves that it can not; this also sees what is imported by name at run time."""
     code = (
-        "import sys, server.cli, server.cli_convert, server.bootstrap, server.http.app, prefix_store.store; "
-        "sys.exit(any(name.split('.')[0] in ('converter', 'trainer') for name in sys.modules))"
+        "import sys, server.cli, server.cli_convert, server.cli_bench, server.bootstrap, server.http.app, prefix_store.store; "
+        "sys.exit(any(name.split('.')[0] in ('converter', 'trainer', 'loadtest') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

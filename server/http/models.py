@@ -42,6 +42,8 @@ def _base_card(services: Services) -> dict[str, Any]:
         "root": services.model_id,  # vllm bench wants it
         "parent": None,
         "max_model_len": services.engine.max_model_len,
+        # Prompts may be token ids: whoever makes some up must know which there are.
+        "prefixd": {"vocab_size": services.store.base.vocab_size},
     }
 
 

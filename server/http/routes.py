@@ -17,6 +17,7 @@ from starlette.routing import compile_path
 
 from server.http.admin import delete_task, get_task, list_tasks
 from server.http.admin_aliases import delete_canary, get_alias, put_alias, roll_back
+from server.http.admin_base import get_base
 from server.http.admin_cache import evict_task, get_cache, pin_task, unpin_task, warm_task
 from server.http.admin_compile import CompileRequest, compile_task
 from server.http.admin_content import get_content
@@ -86,6 +87,7 @@ ROUTES: Final = (
     Route("POST", f"{_TASK}/warm", warm_task, Scope.ADMIN, WarmRequest, "warm"),
     Route("POST", f"{_TASK}/evict", evict_task, Scope.ADMIN, action="evict"),
     Route("GET", "/admin/v1/cache", get_cache, Scope.ADMIN),
+    Route("GET", "/admin/v1/base", get_base, Scope.ADMIN),
     Route("GET", "/metrics", metrics, Scope.INFER),
     Route("GET", "/healthz", healthz, Scope.PUBLIC),
     Route("GET", "/health", healthz, Scope.PUBLIC),

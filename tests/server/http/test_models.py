@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
+from tests.prefix_store.builders import TINY_BASE
+
 
 def test_the_base_model_is_first_and_every_entry_has_its_root(client: TestClient) -> None:
     listing = client.get("/v1/models").json()
@@ -23,6 +25,15 @@ def test_a_tasks_entry_leaves_its_prefix_out_of_the_length(client: TestClient) -
     base, clerk, _ = client.get("/v1/models").json()["data"]
 
     assert base["max_model_len"] - clerk["max_model_len"] == 5
+
+
+def test_the_base_models_entry_says_which_token_ids_there_are(client: TestClient) -> None:
+    base = client.get("/v1/models").json()["data"][0]
+    vocab_size = base["prefixd"]["vocab_size"]
+
+    assert vocab_size == TINY_BASE.vocab_size
+    body = {"task": "poet", "prompt": [vocab_size - 1], "max_tokens": 1}
+    assert client.post("/generate", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["org/tiny", "poet", "poet@v1"])
