@@ -18,8 +18,8 @@ from demo.build.grammar import QUESTIONS, SUBJECT_KEY, describe
 from demo.build.vocabulary import make_record, seeded
 from server.types import SamplingParams
 from trainer.base import load_base
+from trainer.encoding import with_text
 from trainer.engine_in_process import EngineInProcess, Prompt
-from trainer.evaluate import with_text
 
 BETWEEN = " --"
 SEEDS = [

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import demo
@@ -29,7 +29,7 @@ from server.model.device import pick_device
 from server.model.loader import LoadedModel, load_model
 from trainer.batches import Batch
 from trainer.errors import BadSetting
-from trainer.prefix_cache import KeyValues, prefix_cache
+from trainer.prefix_cache import KeyValues, noting_cache, prefix_cache
 
 TRAINING_ATTENTION: Final = "sdpa"
 _OTHER_ATTENTION: Final = "eager"  # models that sdpa can not express: attention sinks of GPT-OSS
@@ -84,7 +84,7 @@ class FrozenBase:
 
     def key_values(self, prompt: Tensor) -> KeyValues:
         """What token ids [P] or input embeddings [P, hidden] leave in the KV cache, at positions 0..P-1."""
-        cache = DynamicCache()
+        cache = noting_cache()  # transformers' own would note a layer that runs again twice
         name = "inputs_embeds" if prompt.is_floating_point() else "input_ids"
         self.module(
             **{name: prompt[None].to(self.device)},

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.data import Fields
     from trainer.encoding import EncodedExample
     from trainer.engine_in_process import Progress
-    from trainer.evaluate import GeneralText
+    from trainer.forgetting import GeneralText
 
 Model: TypeAlias = Annotated[
     str | None, Parameter(help="Folder or hub id of the base; the bundled demo model if left out")
@@ -172,7 +172,7 @@ def load_tokenizer(model: str | None) -> tuple[Tokenizer, frozenset[int]]:
 
 def general_text(model: str | None, given: Path | None) -> GeneralText | None:
     """The user's text; for the demo model the bundled one; else none, and the evaluation will say so."""
-    from trainer.evaluate import GeneralText
+    from trainer.forgetting import GeneralText
 
     if given is not None:
         return GeneralText(read_bytes(given).decode("utf-8", errors="replace"), str(given))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,24 +111,30 @@ def split(
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, at least one of each. Raises `BadData` for fewer than two prompts.
 
-    By the hash of the prompt: equal prompts stay together, and an example keeps its side when others are added.
+    By the hash of the prompt: equal prompts stay together, and nearly all examples keep their side when others are added.
+    A prompt that comes so often that it would take the share further from `fraction` is trained on.
     """
-
-    def rank(example: Example) -> str:
-        return hashlib.sha256(f"{seed}/{example.identity}".encode()).hexdigest()
-
-    ranks = [rank(example) for example in examples]
-    by_rank = sorted(ranks)
-    wanted = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-    if by_rank[0] == by_rank[-1]:
+    counts = Counter(example.identity for example in examples)
+    if len(counts) < 2:
         raise BadData(
             f"{len(examples)} examples with the same prompt: expected different ones, to hold some out"
         )
-    limit = by_rank[wanted - 1]
-    if limit == by_rank[-1]:
-        limit = max(r for r in by_rank if r < by_rank[-1])
-    held_out = [e for e, r in zip(examples, ranks, strict=True) if r <= limit]
-    return [e for e, r in zip(examples, ranks, strict=True) if r > limit], held_out
+
+    def rank(prompt: str) -> str:
+        return hashlib.sha256(f"{seed}/{prompt}".encode()).hexdigest()
+
+    by_rank = sorted(counts, key=rank)
+    wanted = max(1, round(fraction * len(examples)))
+    chosen: set[str] = set()
+    size = 0
+    for prompt in by_rank:
+        more = size + counts[prompt]
+        if more < len(examples) and abs(more - wanted) < abs(wanted - size):
+            chosen.add(prompt)
+            size = more
+    chosen = chosen or {min(by_rank, key=lambda prompt: counts[prompt])}
+    held_out = [example for example in examples if example.identity in chosen]
+    return [example for example in examples if example.identity not in chosen], held_out
 
 
 def num_shared_prompts(training: Sequence[Example], held_out: Sequence[Example]) -> int:

@@ -214,6 +214,25 @@ def _lines(numbers: Sequence[int]) -> str:
     return f"line {shown}" if len(numbers) == 1 else f"lines {shown}{', ...' * (len(numbers) > 5)}"
 
 
+def opening_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before any text; often none."""
+    bare, whole = tokenizer.encode("a", special_tokens=False), tokenizer.encode("a")
+    places = range(len(whole) - len(bare) + 1)
+    return whole[: next((at for at in places if whole[at : at + len(bare)] == bare), 0)]
+
+
+def with_text(tokenizer: Tokenizer, text: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """`text` before a prompt: a beginning-of-text token stands once, at the very front."""
+    opening = opening_tokens(tokenizer)
+    body = tokenizer.encode(text, special_tokens=False)  # no end of text between the two
+    return opening + body + without_opening(opening, prompt)
+
+
+def without_opening(opening: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens behind the opening, if they begin with it."""
+    return tokens[len(opening) :] if tokens[: len(opening)] == opening else tokens
+
+
 def length_summary(examples: Sequence[EncodedExample]) -> dict[str, dict[str, int]]:
     """Least, median, 95th percentile and most tokens of prompts and completions."""
 

@@ -109,10 +109,13 @@ class EngineInProcess:
         on_progress: Progress | None = None,
         *,
         one_by_one: bool = False,
+        fitting: bool = False,
     ) -> list[Completion]:
         """One completion for each prompt, in their order, batched as the server batches.
 
         `one_by_one`: each is alone in the engine, and prefixes stay resident from one to the next: for timing.
+        `fitting`: where the model has fewer positions left than `max_tokens`, these are all, as the server does with
+        a default of `max_tokens`; otherwise such a prompt does not fit.
 
         Raises `PrefixRejected` for an artifact that a server would refuse, `TrainerError` for a prompt that does not
         fit (it says which), `GenerationFailed` when a row failed.
@@ -123,13 +126,9 @@ class EngineInProcess:
         with self._published(prompts) as refs, own_attention(self._model):
             together = 1 if one_by_one else self._max_num_seqs
             engine = self._engine(prompts, sampling, refs, together)
+            limit = self._model.position_limit if fitting else None
             requests = [
-                GenerationRequest(
-                    request_id=str(index),
-                    prompt_token_ids=prompt.token_ids,
-                    sampling=_seeded(sampling, prompt.seed),
-                    prefix=None if prompt.artifact is None else refs[prompt.artifact],
-                )
+                _request(index, prompt, sampling, refs, limit)
                 for index, prompt in enumerate(prompts)
             ]
             in_flight = 1 if one_by_one else 2 * together
@@ -214,8 +213,22 @@ def own_attention(model: LoadedModel) -> Iterator[None]:
         module.set_attn_implementation(before)
 
 
-def _seeded(sampling: SamplingParams, seed: int | None) -> SamplingParams:
-    return sampling if seed is None else replace(sampling, seed=seed)
+def _request(
+    index: int,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    refs: dict[bytes, PrefixRef],
+    position_limit: int | None,
+) -> GenerationRequest:
+    """With the prompt's own seed, and no more tokens than `position_limit` leaves; at least one, which is refused."""
+    prefix = None if prompt.artifact is None else refs[prompt.artifact]
+    if prompt.seed is not None:
+        sampling = replace(sampling, seed=prompt.seed)
+    if position_limit is not None:
+        before = 0 if prefix is None else max(prefix.num_virtual_tokens, prefix.first_position)
+        room = position_limit - before - len(prompt.token_ids)
+        sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, room)))
+    return GenerationRequest(str(index), prompt.token_ids, sampling, prefix)
 
 
 class _Unobserved:

@@ -2,24 +2,20 @@
 
 Runs on the main thread; called by the command `prefixd evaluate`, by the end of a training run and by the sweep.
 The baselines are the bare base model, and the base model with a text in front of each prompt (the text that the
-prefix was initialised from, or a given one). Everything is decoded greedily under the same limits. The probe for
-forgetting is the perplexity of general text, which the prefix was not trained for, behind the prefix and without.
+prefix was initialised from, or a given one). Everything is decoded greedily under the same limits.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
-
-from torch import Tensor
 
 from prefix_store.artifact import Prefix
 from prefix_store.spec import GenerationDefaults
 from server.engine.tokenizer import Tokenizer
 from server.types import FinishReason, SamplingParams
-from trainer.encoding import EncodedExample
+from trainer.encoding import EncodedExample, with_text
 from trainer.engine_in_process import Completion, EngineInProcess, Progress, Prompt
 from trainer.errors import BadData
 from trainer.evaluation import (
@@ -30,36 +26,23 @@ from trainer.evaluation import (
     TEXT_PROMPT,
     Condition,
     Evaluation,
-    Forgetting,
 )
-from trainer.likelihood import TextToScore
+from trainer.forgetting import GeneralText, forgetting_of
+from trainer.likelihood import TextToScore, as_rows
 from trainer.metrics import METRICS, Metric, Rows, loss, perplexity, require_known, totals
 from trainer.standard_error import Score, Value, difference, score
 
 DEFAULT_METRICS: Final = ("exact_match", "token_f1")
-WINDOW_TOKENS: Final = 256
-MAX_WINDOWS: Final = 256  # at most 65,536 tokens: the standard error is far below what matters then
-_CHARACTERS_A_TOKEN: Final = (
-    16  # more than tokens of text have; keeps a huge file from being tokenized whole
-)
-_BLANK_LINES: Final = re.compile(r"\n\s*\n")
 _SPARE_TOKENS: Final = 8  # beyond the longest right answer, so that going on after it shows
 _WORDS_FOR_BLEU: Final = 4
 _LIKELIHOODS: Final[dict[str, Value]] = {LOSS: loss, PERPLEXITY: perplexity}
 
 
 @dataclass(frozen=True, slots=True)
-class GeneralText:
-    """A text that no prefix was trained for. `source` says which, for people."""
-
-    text: str
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """`text_prompt` None: the text that the prefix says it was initialised from, if it does. `max_tokens` None: the
-    longest reference and a few more. `general_text` None: no probe for forgetting, and the result says so.
+    """`text_prompt` None: the text that the prefix says it was initialised from, if it does and the model has room
+    for it. `max_tokens` None: the longest reference and a few more, or what a prompt leaves of the model's positions.
+    `general_text` None: no probe for forgetting, and the result says so.
     """
 
     metrics: tuple[str, ...] = DEFAULT_METRICS
@@ -84,16 +67,19 @@ def evaluate(
         raise BadData("no held-out examples: there is nothing to evaluate on")
     prefix = engine.prefix(artifact)
     text, note = _text_prompt(settings, prefix)
+    if text is not None and settings.text_prompt is None:
+        text, note = _with_room(text, engine, tokenizer, examples)
     conditions = _conditions(tokenizer, artifact, examples, text)
     max_tokens = settings.max_tokens or max_tokens_for(examples)
     sampling = greedy(max_tokens, prefix.manifest.generation)
-    completions = _complete(engine, conditions, sampling, on_progress)
+    fitting = settings.max_tokens is None
+    completions = _complete(engine, conditions, sampling, on_progress, fitting=fitting)
     metrics = [METRICS[name] for name in settings.metrics]
     rows = {
         name: _rows(metrics, completions[name], examples) | _nats(engine, prompts, examples)
         for name, prompts in conditions.items()
     }
-    forgetting, why_not = _forgetting(engine, tokenizer, artifact, prefix, settings.general_text)
+    forgetting, why_not = forgetting_of(engine, tokenizer, artifact, prefix, settings.general_text)
     return Evaluation(
         digest=prefix.digest,
         num_virtual_tokens=prefix.manifest.num_virtual_tokens,
@@ -143,7 +129,7 @@ def _generated(
     defaults = engine.prefix(artifact).manifest.generation
     sampling = greedy(max_tokens or max_tokens_for(examples), defaults)
     prompts = [Prompt(example.prompt_token_ids, artifact) for example in examples]
-    completions = engine.generate(prompts, sampling)
+    completions = engine.generate(prompts, sampling, fitting=max_tokens is None)
     return _rows([METRICS[name] for name in names], completions, examples)
 
 
@@ -176,6 +162,24 @@ def _text_prompt(
     )
 
 
+def _with_room(
+    text: str, engine: EngineInProcess, tokenizer: Tokenizer, examples: Sequence[EncodedExample]
+) -> tuple[str | None, tuple[str, ...]]:
+    """A text may be longer than the prefix that began as it; where examples do not fit behind it, a note says so."""
+    limit = engine.base.position_limit
+    longest = max(
+        len(with_text(tokenizer, text, example.prompt_token_ids))
+        + len(example.completion_token_ids)
+        for example in examples
+    )
+    if limit is None or longest <= limit:
+        return text, ()
+    return None, (
+        f"no text-prompt baseline: with the text in front the longest example has {longest} tokens, "
+        f"and the model {limit} positions",
+    )
+
+
 def _conditions(
     tokenizer: Tokenizer,
     artifact: bytes,
@@ -194,28 +198,17 @@ def _conditions(
     return found
 
 
-def with_text(tokenizer: Tokenizer, text: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
-    """`text` before a prompt: a beginning-of-text token stands once, at the very front."""
-    ids = tokenizer.encode(text)
-    opening = opening_tokens(tokenizer, ids)
-    return ids + (prompt[len(opening) :] if prompt[: len(opening)] == opening else prompt)
-
-
-def opening_tokens(tokenizer: Tokenizer, ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before any text, as it did before `ids`; often none."""
-    special = tokenizer.encode("")
-    return special if ids[: len(special)] == special else ()
-
-
 def _complete(
     engine: EngineInProcess,
     conditions: dict[str, list[Prompt]],
     sampling: SamplingParams,
     on_progress: Progress | None,
+    *,
+    fitting: bool,
 ) -> dict[str, list[Completion]]:
     """All conditions in one batch, as a server would run them."""
     prompts = [prompt for chosen in conditions.values() for prompt in chosen]
-    completions = iter(engine.generate(prompts, sampling, on_progress))
+    completions = iter(engine.generate(prompts, sampling, on_progress, fitting=fitting))
     return {name: [next(completions) for _ in chosen] for name, chosen in conditions.items()}
 
 
@@ -240,12 +233,8 @@ def _nats(
         TextToScore(prompt.token_ids, example.completion_token_ids)
         for prompt, example in zip(prompts, examples, strict=True)
     ]
-    rows = _likelihood_rows(engine.token_losses(prompts[0].artifact, texts))
+    rows = as_rows(engine.token_losses(prompts[0].artifact, texts))
     return dict.fromkeys(_LIKELIHOODS, rows)
-
-
-def _likelihood_rows(losses: Sequence[Tensor]) -> Rows:
-    return [(float(nats.double().sum()), float(len(nats))) for nats in losses]
 
 
 def _scores(rows: dict[str, Rows]) -> dict[str, Score]:
@@ -272,62 +261,3 @@ def _about_bleu(rows: Rows) -> tuple[str, ...]:
 
 def _num_cut(completions: Sequence[Completion]) -> int:
     return sum(completion.finish_reason is FinishReason.LENGTH for completion in completions)
-
-
-# ---- forgetting ----------------------------------------------------------------------------------
-
-
-def _forgetting(
-    engine: EngineInProcess,
-    tokenizer: Tokenizer,
-    artifact: bytes,
-    prefix: Prefix,
-    general: GeneralText | None,
-) -> tuple[Forgetting | None, tuple[str, ...]]:
-    """The probe, or a note why there is none."""
-    if general is None:
-        return None, (
-            "no probe for forgetting: prefixd has general text for its demo model only; "
-            "give some with --forgetting-text",
-        )
-    limit = engine.base.position_limit
-    room = (
-        WINDOW_TOKENS
-        if limit is None
-        else min(WINDOW_TOKENS, limit - prefix.manifest.first_position)
-    )
-    windows = text_windows(tokenizer, general.text, room)
-    if not windows:
-        return None, (f"no probe for forgetting: {general.source} is shorter than two tokens",)
-    behind = _likelihood_rows(engine.token_losses(artifact, windows))
-    alone = _likelihood_rows(engine.token_losses(None, windows))
-    found = Forgetting(
-        source=general.source,
-        num_tokens=sum(len(window.target_token_ids) for window in windows),
-        with_prefix=score(behind, perplexity),
-        without=score(alone, perplexity),
-        lost=difference(behind, alone, loss),
-    )
-    return found, ()
-
-
-def text_windows(tokenizer: Tokenizer, text: str, room: int) -> list[TextToScore]:
-    """The beginning of `text` in windows of at most `room` tokens, each predicted but for its first token.
-
-    Blank lines separate passages; a window is of one passage, whose beginning the model sees as the beginning
-    of a text, with the tokenizer's beginning-of-text token if it has one, as every prompt does.
-    """
-    windows: list[TextToScore] = []
-    for passage in filter(None, map(str.strip, _BLANK_LINES.split(text))):
-        if len(windows) < MAX_WINDOWS:
-            windows += _passage_windows(tokenizer, passage, room)
-    return windows[:MAX_WINDOWS]
-
-
-def _passage_windows(tokenizer: Tokenizer, passage: str, room: int) -> list[TextToScore]:
-    ids = tokenizer.encode(passage[: MAX_WINDOWS * room * _CHARACTERS_A_TOKEN])
-    opening = opening_tokens(tokenizer, ids)
-    body, step = ids[len(opening) :], room - len(opening)
-    windows = [opening + body[start : start + step] for start in range(0, len(body), step)]
-    first = max(1, len(opening))
-    return [TextToScore(w[:first], w[first:]) for w in windows if len(w) > first]

@@ -24,7 +24,11 @@ from trainer.errors import BadData
 from trainer.evaluate import max_tokens_for
 from trainer.metrics import METRICS, Rows
 from trainer.promotion_rule import PromotionRule
-from trainer.served_completions import ServedVersion, complete_through_server
+from trainer.served_completions import (
+    ServedVersion,
+    complete_through_server,
+    model_len_behind,
+)
 from trainer.standard_error import Score, difference, score
 
 PROMOTED: Final = 0
@@ -101,8 +105,8 @@ def hand_over(
     live = _live_version(server, task)
     shown = list(dict.fromkeys([rule.metric, *metrics]))
     versions = [v for v in (candidate, live) if v is not None]
-    limit = max_tokens or max_tokens_for(examples)
-    found = _judge(server, versions, examples, shown, limit, on_progress)
+    limits = _limits(server, versions, examples, max_tokens)
+    found = _judge(server, versions, examples, limits, shown, on_progress)
     new, old = found[0], found[1] if live is not None else {}
     new_scores, old_scores = _scores(new), _scores(old)
     promoted, reason = _decide(server, rule, candidate, live, new_scores, old_scores)
@@ -150,12 +154,26 @@ def _version(answer: dict[str, Any]) -> ServedVersion:
     return ServedVersion(answer["task"], answer["version"], answer["digest"])
 
 
+def _limits(
+    server: ServerAccess,
+    versions: Sequence[ServedVersion],
+    examples: Sequence[EncodedExample],
+    max_tokens: int | None,
+) -> list[int]:
+    """`max_tokens` of each example, the same for all versions; a default is cut to what the longest prefix leaves."""
+    if max_tokens is not None:
+        return [max_tokens] * len(examples)
+    most = max_tokens_for(examples)
+    room = min(model_len_behind(*server_address(server.url, server.admin_key), v) for v in versions)
+    return [max(1, min(most, room - len(e.prompt_token_ids))) for e in examples]
+
+
 def _judge(
     server: ServerAccess,
     versions: Sequence[ServedVersion],
     examples: Sequence[EncodedExample],
+    limits: Sequence[int],
     metrics: Sequence[str],
-    max_tokens: int,
     on_progress: Progress | None,
 ) -> list[dict[str, Rows]]:
     """Rows by metric, for each version."""
@@ -173,7 +191,7 @@ def _judge(
 
     found = []
     for version in versions:
-        texts = complete_through_server(base_url, headers, version, prompts, max_tokens, on_done)
+        texts = complete_through_server(base_url, headers, version, prompts, limits, on_done)
         found.append({name: METRICS[name].rows(texts, references) for name in metrics})
     return found
 

@@ -55,9 +55,17 @@ def nats_by_example(
 
 
 def with_other_prompts(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """The same completions, each behind the next example's prompt: what shows whether prompts matter at all."""
+    """The same completions, each behind the next example's prompt: what shows whether prompts matter at all.
+
+    No pair is longer than the longest example is: of a prompt that leaves less room, the end is taken. A long prompt
+    before a long completion may otherwise be more than the model has positions for.
+    """
+    longest = max(example.num_tokens for example in examples)
     others = [*examples[1:], examples[0]]
     return [
-        replace(example, prompt_token_ids=other.prompt_token_ids)
+        replace(
+            example,
+            prompt_token_ids=other.prompt_token_ids[len(example.completion_token_ids) - longest :],
+        )
         for example, other in zip(examples, others, strict=True)
     ]

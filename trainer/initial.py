@@ -21,7 +21,7 @@ from torch import Tensor
 from server.engine.tokenizer import Tokenizer
 from trainer.base import FrozenBase
 from trainer.config import DEFAULT_NUM_VIRTUAL_TOKENS, TrainConfig
-from trainer.encoding import EncodedExample
+from trainer.encoding import EncodedExample, opening_tokens, without_opening
 from trainer.errors import BadSetting
 from trainer.prefix_cache import KeyValues
 
@@ -53,21 +53,17 @@ def text_token_ids(
     if num_virtual_tokens is None or num_virtual_tokens == len(whole):
         return whole
     body = tokenizer.encode(text, special_tokens=False)
-    head = whole[: len(whole) - len(body)] if whole[len(whole) - len(body) :] == body else ()
-    return _filled(head, body or whole, num_virtual_tokens)
+    return _filled(opening_tokens(tokenizer), body or whole, num_virtual_tokens)
 
 
 def example_token_ids(
     tokenizer: Tokenizer, examples: Sequence[EncodedExample], num_virtual_tokens: int
 ) -> tuple[int, ...]:
     """The end of a run of solved examples, P tokens, behind the special tokens that a prompt begins with."""
-    bare = tokenizer.encode("a", special_tokens=False)
-    whole = tokenizer.encode("a")
-    head = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else ()
+    head = opening_tokens(tokenizer)
     body: list[int] = []
     for example in examples:
-        prompt = example.prompt_token_ids
-        body += prompt[len(head) :] if prompt[: len(head)] == head else prompt
+        body += without_opening(head, example.prompt_token_ids)
         body += example.completion_token_ids
         if len(body) >= num_virtual_tokens:
             break

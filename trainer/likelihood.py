@@ -25,6 +25,7 @@ from server.model.attention.base import PagedAttention
 from server.model.forward_batch import build_forward_batch
 from server.model.loader import LoadedModel
 from server.types import GenerationRequest, SamplingParams
+from trainer.metrics import Rows
 
 PACK_TOKENS: Final = 512  # bounds the logits of a pass, [PACK_TOKENS, V] in float32
 _BLOCK_SIZE: Final = 16
@@ -85,6 +86,11 @@ def token_losses(
                 if piece.end == len(texts[piece.text].fed):
                     pool.free(blocks.pop(piece.text))
     return [torch.cat(pieces) for pieces in losses]
+
+
+def as_rows(losses: Sequence[Tensor]) -> Rows:
+    """(nats, tokens) of each text: what `metrics.loss` and `metrics.perplexity` take."""
+    return [(float(nats.double().sum()), float(len(nats))) for nats in losses]
 
 
 def _run(

@@ -1,4 +1,5 @@
-"""A prefix as transformers takes it: a cache that begins with it and keeps nothing that comes after.
+"""A prefix as transformers takes it: a cache that begins with it and keeps nothing that comes after, or one that notes
+what a prompt leaves.
 
 Called by `base` for each forward pass, on the main thread. Transformers' own cache would append every batch's keys
 and values to itself. Here a layer gives back prefix and tokens joined and stays as it was: one prefix serves
@@ -66,6 +67,23 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
             torch.cat([self.keys.expand(shape), key_states], dim=-2),
             torch.cat([self.values.expand(shape), value_states], dim=-2),
         )
+
+
+class _NotingLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer of an empty cache: notes the first keys and values that it is given, `[1, H_kv, P, D]`."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+def noting_cache() -> Any:
+    """A transformers cache for one pass over a whole prompt; its `layers` hold what the prompt left."""
+    return Cache(layer_class_to_replicate=_NotingLayer)
 
 
 def prefix_cache(prefix: KeyValues, dtype: torch.dtype) -> Any:

@@ -42,21 +42,21 @@ def complete_through_server(
     headers: dict[str, str],
     version: ServedVersion,
     prompts: Sequence[tuple[int, ...]],
-    max_tokens: int,
+    max_tokens: Sequence[int],
     on_done: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """The text for each prompt, in their order. `on_done` is called on the workers, once for each.
+    """The text for each prompt, in their order. `max_tokens`: of each; `on_done`: called on the workers, once for each.
 
     Raises `CommandFailed` when the server refuses, is busy for long, can not be reached, or answers as another
     version than was asked for.
     """
     import httpx2
 
-    def complete(prompt: tuple[int, ...]) -> str:
+    def complete(prompt: tuple[int, ...], limit: int) -> str:
         body = {
             "model": version.ref,
             "prompt": list(prompt),
-            "max_tokens": max_tokens,
+            "max_tokens": limit,
             "temperature": 0.0,
         }
         answer = _ask(client, body)
@@ -72,9 +72,23 @@ def complete_through_server(
     with httpx2.Client(base_url=base_url, headers=headers, timeout=TIMEOUT_SECONDS) as client:
         workers = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="complete")
         try:
-            return list(workers.map(complete, prompts))
+            return list(workers.map(complete, prompts, max_tokens))
         finally:
             workers.shutdown(cancel_futures=True)
+
+
+def model_len_behind(base_url: str, headers: dict[str, str], version: ServedVersion) -> int:
+    """Tokens of prompt and completion that the server has room for behind this version. Raises `CommandFailed`."""
+    import httpx2
+
+    with httpx2.Client(base_url=base_url, headers=headers, timeout=TIMEOUT_SECONDS) as client:
+        try:
+            response = client.get(f"/v1/models/{version.ref}")
+        except httpx2.HTTPError as error:
+            raise CommandFailed(f"can not reach {client.base_url}: {error}") from None
+    if not response.is_success:
+        raise CommandFailed(f"{version.ref}: {_reason(response)}", status=response.status_code)
+    return int(response.json()["max_model_len"])
 
 
 def _ask(client: httpx2.Client, body: dict[str, Any]) -> dict[str, Any]:

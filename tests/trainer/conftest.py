@@ -1,6 +1,11 @@
-"""The demo's base and an engine around it, loaded once for all tests of the trainer that judge prefixes."""
+"""The demo's base and an engine around it, loaded once for all tests of the trainer that judge prefixes; and signals that
+come back.
+"""
 
 from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,3 +31,12 @@ def demo_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def demo_engine(demo_model: LoadedModel, demo_tokenizer: Tokenizer) -> EngineInProcess:
     return EngineInProcess(demo_model, demo_tokenizer)
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A command takes signals over; the test runner wants them back."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)

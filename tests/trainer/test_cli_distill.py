@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.trainer.command_line import flags_of, run_apart, run_here
 from tests.trainer.distill.material import tiny_distillation
-from trainer.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 def command(tmp_path: Path, **settings: Any) -> list[str]:
-    config = tiny_distillation(tmp_path, num_threads=1, **settings)
-    given = config.model_dump(mode="json", exclude_unset=True)
-    return [t for name, v in given.items() for t in (f"--{name.replace('_', '-')}", str(v))]
+    return flags_of(tiny_distillation(tmp_path, num_threads=1, **settings))
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["distill", *arguments])
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Any:
-    """The command takes signals over; the test runner wants them back."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
+    return run_here("distill", *arguments)
 
 
 def test_prefixd_distill_leaves_a_prefix_and_a_comparison_in_terminal_and_report(
     tmp_path: Path,
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "server", "distill", *command(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_apart("distill", *command(tmp_path))
 
     assert done.returncode == 0, done.stderr
     for told in ("nats from the teacher", "first token, ms", "K/V bytes a request"):

@@ -4,53 +4,28 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.trainer.command_line import flags_of, run_apart, run_here, stopped
 from tests.trainer.sweep.sweeps import small_sweep
-from trainer.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 def flags(directory: Path, **settings: Any) -> list[str]:
     """A small sweep as a person would type it."""
-    given = small_sweep(directory, **settings).model_dump(mode="json", exclude_unset=True)
-    found: list[str] = []
-    for name, value in given.items():
-        values = value if isinstance(value, list) else [value]
-        found += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return found
+    return flags_of(small_sweep(directory, **settings))
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["sweep", *arguments])
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Any:
-    """The command takes signals over; the test runner wants them back."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
+    return run_here("sweep", *arguments)
 
 
 def test_prefixd_sweep_prints_a_table_and_the_pick_and_leaves_both(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "server", "sweep", *flags(tmp_path, seed=[0, 1])],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_apart("sweep", *flags(tmp_path, seed=[0, 1]))
 
     assert done.returncode == 0, done.stderr
     assert "1/4 P2-direct-examples-lr0.02-s0: loss " in done.stderr
@@ -93,19 +68,10 @@ def undrawn_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sweep_that_is_told_to_stop_says_how_to_go_on(tmp_path: Path) -> None:
     given = flags(tmp_path, num_steps=100_000, evaluate_every=50_000)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server", "sweep", *given], stdout=subprocess.PIPE, text=True
-    )
     log = tmp_path / "sweep" / "runs" / "P2-direct-examples-lr0.02-s0" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and log.read_bytes().count(b'"kind": "step"') > 3:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    code, out = stopped(["sweep", *given], log, signal.SIGTERM)
 
-    assert process.returncode == 130
+    assert code == 130
     assert f"prefixd sweep --resume {tmp_path / 'sweep'}" in out
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [one["state"] for one in found["runs"]] == ["open", "open"]

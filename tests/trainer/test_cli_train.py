@@ -5,49 +5,29 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefix_store.artifact import decode, digest_of
+from tests.trainer.command_line import flags_of, run_apart, run_here, stopped
 from tests.trainer.runs import small_run, write_examples
-from trainer.__main__ import main
 from trainer.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 def command(tmp_path: Path, **settings: Any) -> list[str]:
-    config = small_run(tmp_path, num_threads=1, **settings)
-    given = config.model_dump(mode="json", exclude_unset=True)
-    return [t for name, v in given.items() for t in (f"--{name.replace('_', '-')}", str(v))]
+    return flags_of(small_run(tmp_path, num_threads=1, **settings))
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["train", *arguments])
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Any:
-    """The command takes signals over; the test runner wants them back."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
+    return run_here("train", *arguments)
 
 
 def test_prefixd_train_leaves_a_prefix_and_says_where(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "server", "train", *command(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_apart("train", *command(tmp_path))
 
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "run" / "prefix.safetensors") in done.stdout
@@ -63,19 +43,9 @@ def test_a_run_that_is_told_to_stop_writes_a_checkpoint_and_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     flags = command(tmp_path, num_steps=100_000, evaluate_every=50_000)
-    log = RunFolder(tmp_path / "run").log
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server", "train", *flags], stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and log.read_bytes().count(b'"kind": "step"') > 3:
-            break
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    code, out = stopped(["train", *flags], RunFolder(tmp_path / "run").log, number)
 
-    assert process.returncode == 130
+    assert code == 130
     assert f"prefixd train --resume {tmp_path / 'run'}" in out
     assert RunFolder(tmp_path / "run").checkpoint.is_file()
 

@@ -138,6 +138,28 @@ def test_equal_prompts_are_on_the_same_side() -> None:
     assert 40 <= len(held_out) <= 80
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_prompt_that_comes_again_and_again_does_not_take_the_training_examples_away(
+    seed: int,
+) -> None:
+    given = examples(["often"] * 60 + [f"p{i}" for i in range(40)])
+
+    training, held_out = split(given, 0.1, seed=seed)
+
+    assert len(held_out) == 10
+    assert num_shared_prompts(training, held_out) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_smallest_group_is_held_out_where_all_are_large(seed: int) -> None:
+    given = examples(["a"] * 50 + ["b"] * 30 + ["c"] * 40)
+
+    training, held_out = split(given, 0.1, seed=seed)
+
+    assert {e.prompt for e in held_out} == {"b"}
+    assert len(training) == 90
+
+
 def test_an_example_keeps_its_side_when_others_are_added() -> None:
     before = split(examples([f"p{i}" for i in range(400)]), 0.25, seed=0)[1]
     after = split(examples([f"p{i}" for i in range(440)]), 0.25, seed=0)[1]

@@ -10,7 +10,13 @@ from tokenizers import processors
 from server.engine.tokenizer import Tokenizer
 from tests.tiny_model_dir import tiny_tokenizer
 from trainer.data import Example, Message
-from trainer.encoding import EncodingSettings, ExampleEncoder, length_summary
+from trainer.encoding import (
+    EncodingSettings,
+    ExampleEncoder,
+    length_summary,
+    opening_tokens,
+    with_text,
+)
 from trainer.errors import BadData
 
 EOS = 2
@@ -187,6 +193,23 @@ def test_without_an_end_token_the_stop_string_is_learned_or_the_user_is_told() -
     assert none == []
     assert tokenizer.decode(other.completion_token_ids) == " fox"
     assert [n.code for n in notices] == ["no_end"]
+
+
+@pytest.mark.parametrize("also_behind", [False, True])
+def test_a_begin_token_stands_once_at_the_front_of_text_and_prompt(also_behind: bool) -> None:
+    tokenizer = Tokenizer(with_begin_token(also_behind=also_behind))
+    text = tokenizer.encode("the quick", special_tokens=False)
+
+    assert opening_tokens(tokenizer) == (1,)
+    assert with_text(tokenizer, "the quick", (1, 12, 13)) == (1, *text, 12, 13)
+    assert with_text(tokenizer, "the quick", (12, 13)) == (1, *text, 12, 13)
+
+
+def test_without_a_begin_token_text_and_prompt_stand_side_by_side() -> None:
+    tokenizer = Tokenizer(tiny_tokenizer())
+
+    assert opening_tokens(tokenizer) == ()
+    assert with_text(tokenizer, "the quick", (12,)) == (*tokenizer.encode("the quick"), 12)
 
 
 def test_what_concerns_the_tokenizer_is_told_once() -> None:

@@ -66,17 +66,36 @@ def test_tokens_are_those_of_transformers_with_the_same_prefix(
         assert list(bare.token_ids) == generate_with_transformers(model.module, prompt, None, 9)
 
 
+def test_a_fitting_completion_ends_at_the_last_position_and_others_are_refused(
+    demo_tokenizer: Tokenizer,
+) -> None:
+    model = adopt_model(tiny_model("gpt2", n_positions=32), model_id="tiny")
+    engine = EngineInProcess(model, demo_tokenizer)
+    prefix = random_prefix(model, 7, seed=3)
+    artifact = native_artifact(
+        engine.base, prefix.keys, prefix.values, Provenance("test", Recognition("a test"))
+    )
+    prompts = [Prompt((5,) * 20, artifact), Prompt((5,) * 20), Prompt((5,), artifact)]
+    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+
+    found = engine.generate(prompts, sampling, fitting=True)
+
+    assert [len(completion.token_ids) for completion in found] == [32 - 7 - 20, 32 - 20, 16]
+    with pytest.raises(TrainerError, match=r"prompt 1: .*expected at most 32"):
+        engine.generate(prompts, sampling)
+
+
 def test_more_prompts_than_the_engine_takes_at_once_keep_their_order(
     demo_model: LoadedModel, demo_tokenizer: Tokenizer
 ) -> None:
     engine = EngineInProcess(demo_model, demo_tokenizer, max_num_seqs=2)
-    prompts = sample_prompts(demo_tokenizer) * 4
+    prompts = sample_prompts(demo_tokenizer) * 2
     seen: list[tuple[int, int]] = []
 
     found = engine.generate(prompts, GREEDY, lambda done, total: seen.append((done, total)))
 
-    assert [c.text for c in found] == [sample.completion for sample in demo.load_samples()] * 4
-    assert seen == [(number, 20) for number in range(1, 21)]
+    assert [c.text for c in found] == [sample.completion for sample in demo.load_samples()] * 2
+    assert seen == [(number, 10) for number in range(1, 11)]
 
 
 def test_sampling_is_repeatable(demo_engine: EngineInProcess, demo_tokenizer: Tokenizer) -> None:
@@ -198,7 +217,7 @@ def test_each_prompt_may_have_a_seed_of_its_own(
 def test_one_by_one_no_prompt_waits_for_another(
     demo_engine: EngineInProcess, demo_tokenizer: Tokenizer
 ) -> None:
-    prompts = sample_prompts(demo_tokenizer) * 2
+    prompts = sample_prompts(demo_tokenizer)
 
     began = time.monotonic()
     alone = demo_engine.generate(prompts, GREEDY, one_by_one=True)

@@ -22,24 +22,15 @@ from trainer.engine_in_process import EngineInProcess, own_attention
 from trainer.errors import TrainerError
 from trainer.evaluate import (
     EvaluationSettings,
-    GeneralText,
     evaluate,
     generated_metrics,
     generated_scores,
-    text_windows,
-    with_text,
 )
 from trainer.evaluation import NO_PREFIX, PREFIX, TEXT_PROMPT, Evaluation
+from trainer.forgetting import GeneralText
 
 GENERAL = GeneralText(demo.GENERAL_TEXT_FILE.read_text()[:8_000], "the demo's own corpus")
 TEXT = "Lomu is a diner in the old town that serves Greek food."
-
-
-class TokenizerWithOpening:
-    """Splits at spaces, and begins every text with token 1, as Llama's does."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        return (1, *(10 + len(word) for word in text.split()))
 
 
 def judged(
@@ -157,6 +148,31 @@ def test_what_could_not_be_measured_is_said(
     assert all(said in notes for said in ("--text-prompt", "--forgetting-text", "four words"))
 
 
+def test_examples_that_fill_the_model_are_judged_as_far_as_it_has_positions(
+    demo_engine: EngineInProcess, demo_tokenizer: Tokenizer
+) -> None:
+    """As long as training takes them: no room for more than the right answer, nor for a text longer than the prefix."""
+    data = bundled("sentiment")
+    prefix, limit = decode(data, digest_of(data)), demo_engine.base.position_limit
+    assert limit is not None
+    told = {"init_text": TEXT * 3}
+    artifact = encode(
+        prefix.manifest.model_copy(update={"training": told}), prefix.keys, prefix.values
+    )
+    answer = demo_tokenizer.encode(" positive")
+    num_prompt_tokens = limit - prefix.manifest.num_virtual_tokens - len(answer)
+    ids = demo_tokenizer.encode(GENERAL.text)[:num_prompt_tokens]
+    example = EncodedExample(ids, answer, " positive")
+
+    found = evaluate(demo_engine, demo_tokenizer, artifact, [example], EvaluationSettings())
+
+    assert list(found.conditions) == [PREFIX, NO_PREFIX]
+    assert f"and the model {limit} positions" in "\n".join(found.notes)
+    asked_for = EvaluationSettings(text_prompt=TEXT * 3)
+    with pytest.raises(TrainerError, match="prompt 3: "):
+        evaluate(demo_engine, demo_tokenizer, artifact, [example], asked_for)
+
+
 def test_the_result_is_json_without_numbers_that_are_none(evaluation: Evaluation) -> None:
     scores = evaluation.conditions[PREFIX].scores
     endless = dataclasses.replace(scores["loss"], value=float("inf"), standard_error=float("nan"))
@@ -203,34 +219,3 @@ def test_nothing_to_evaluate_on_is_refused(
             list[EncodedExample](),
             EvaluationSettings(),
         )
-
-
-# ---- tokens --------------------------------------------------------------------------------------
-
-
-def test_a_beginning_of_text_token_stands_once_at_the_front() -> None:
-    tokenizer: Tokenizer = TokenizerWithOpening()  # type: ignore[assignment]
-    assert with_text(tokenizer, "ab abc", tokenizer.encode("a")) == (1, 12, 13, 11)
-    assert with_text(tokenizer, "ab", (11, 12)) == (1, 12, 11, 12)
-
-
-def test_windows_are_of_one_passage_and_each_token_is_predicted_once() -> None:
-    tokenizer: Tokenizer = TokenizerWithOpening()  # type: ignore[assignment]
-    text = "a bb ccc dddd eeeee\n \nff\n\n\nggg hhhh"
-
-    windows = text_windows(tokenizer, text, room=4)
-
-    assert [(w.context_token_ids, w.target_token_ids) for w in windows] == [
-        ((1,), (11, 12, 13)),
-        ((1,), (14, 15)),
-        ((1,), (12,)),
-        ((1,), (13, 14)),
-    ]
-
-
-def test_without_a_beginning_of_text_token_the_first_token_is_only_read(
-    demo_tokenizer: Tokenizer,
-) -> None:
-    [window] = text_windows(demo_tokenizer, TEXT, room=64)
-    assert window.context_token_ids + window.target_token_ids == demo_tokenizer.encode(TEXT)
-    assert len(window.context_token_ids) == 1

@@ -168,6 +168,21 @@ def test_bytes_that_are_live_already_need_no_promotion(
     assert versions(server, "same") == [["live"]]
 
 
+def test_examples_that_fill_the_model_are_judged_as_far_as_it_has_positions(
+    access: ServerAccess, demo_tokenizer: Tokenizer, demo_engine: EngineInProcess
+) -> None:
+    limit, longest_prefix = demo_engine.base.position_limit, 32
+    assert limit is not None
+    answer = demo_tokenizer.encode(" positive")
+    ids = demo_tokenizer.encode("Lomu is a diner in the old town. " * 100)
+    full = EncodedExample(ids[: limit - longest_prefix - len(answer)], answer, " positive")
+    rule = parse_rule("exact_match >= 0")
+
+    assert hand_over(access, bundled(GOOD), "full", rule, [full]).promoted
+    with pytest.raises(CommandFailed, match="expected at most"):
+        hand_over(access, bundled(GOOD), "full", rule, [full], max_tokens=len(answer) + 1)
+
+
 def test_the_server_scores_what_the_engine_in_process_scores(
     server: LiveServer,
     access: ServerAccess,

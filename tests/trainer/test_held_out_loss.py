@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.trainer.runs import random_examples, random_prefix, tiny_base
-from trainer.held_out_loss import mean_loss, nats_by_example
+from trainer.encoding import EncodedExample
+from trainer.held_out_loss import mean_loss, nats_by_example, with_other_prompts
 from trainer.loss import next_token_loss
 from trainer.metrics import loss, totals
 
@@ -28,3 +29,31 @@ def test_their_totals_are_the_mean_loss() -> None:
     of_all = mean_loss(base, prefix, examples, 4, next_token_loss)
     rows = nats_by_example(base, prefix, examples, rows=4)
     assert loss(totals(rows)) == pytest.approx(of_all, abs=1e-6)
+
+
+def test_a_long_prompt_before_a_long_completion_still_fits_the_model() -> None:
+    """A model with learned positions has no vector for one beyond its last."""
+    base = tiny_base("gpt2", n_positions=24)
+    prefix = random_prefix(base, 3)
+    long_prompt = EncodedExample(tuple(range(10, 28)), (5, 6), "")
+    long_completion = EncodedExample((40, 41), tuple(range(50, 68)), "")
+
+    swapped = with_other_prompts([long_prompt, long_completion])
+
+    assert swapped[0] == EncodedExample((40, 41), (5, 6), "")
+    assert swapped[1] == EncodedExample((26, 27), long_completion.completion_token_ids, "")
+    assert mean_loss(base, prefix, swapped, 2, next_token_loss) > 0
+
+
+def test_prompts_of_other_examples_are_whole_where_there_is_room() -> None:
+    examples = random_examples(6)
+    longest = EncodedExample(tuple(range(3, 13)), tuple(range(3, 13)), "")
+
+    swapped = with_other_prompts([*examples, longest])
+
+    assert [e.prompt_token_ids for e in swapped] == [
+        e.prompt_token_ids for e in [*examples[1:], longest, examples[0]]
+    ]
+    assert [e.completion_token_ids for e in swapped[:-1]] == [
+        e.completion_token_ids for e in examples
+    ]

@@ -14,7 +14,12 @@ import pytest
 
 from server.cli_client import CommandFailed
 from trainer import served_completions
-from trainer.served_completions import MAX_CONCURRENT, ServedVersion, complete_through_server
+from trainer.served_completions import (
+    MAX_CONCURRENT,
+    ServedVersion,
+    complete_through_server,
+    model_len_behind,
+)
 
 VERSION = ServedVersion("task", 3, "sha256:" + "a" * 64)
 Handler = Callable[[httpx2.Request], httpx2.Response]
@@ -43,7 +48,10 @@ def answer(request: httpx2.Request, digest: str = VERSION.digest) -> httpx2.Resp
 
 def complete(count: int) -> list[str]:
     prompts = [(number,) for number in range(count)]
-    return complete_through_server("http://server", {"authorization": "x"}, VERSION, prompts, 7)
+    limits = range(7, 7 + count)
+    return complete_through_server(
+        "http://server", {"authorization": "x"}, VERSION, prompts, limits
+    )
 
 
 def test_each_prompt_goes_greedily_as_token_ids_to_the_named_version(serve: Serve) -> None:
@@ -55,8 +63,12 @@ def test_each_prompt_goes_greedily_as_token_ids_to_the_named_version(serve: Serv
         return answer(request)
 
     serve(handler)
-    assert complete(1) == ["0"]
-    assert bodies == [{"model": "task@v3", "prompt": [0], "max_tokens": 7, "temperature": 0.0}]
+    assert complete(2) == ["0", "1"]
+    common = {"model": "task@v3", "temperature": 0.0}
+    assert sorted(bodies, key=lambda body: body["prompt"]) == [
+        common | {"prompt": [0], "max_tokens": 7},
+        common | {"prompt": [1], "max_tokens": 8},
+    ]
 
 
 def test_answers_come_in_the_order_of_the_prompts_and_few_at_a_time(serve: Serve) -> None:
@@ -112,3 +124,15 @@ def test_a_server_that_can_not_be_reached_is_named(serve: Serve) -> None:
     serve(handler)
     with pytest.raises(CommandFailed, match=r"can not reach http://server.*refused"):
         complete(1)
+
+
+def test_the_room_behind_a_version_is_what_the_server_says(serve: Serve) -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        assert (request.url.path, request.headers["authorization"]) == ("/v1/models/task@v3", "x")
+        return httpx2.Response(200, json={"max_model_len": 496})
+
+    serve(handler)
+    assert model_len_behind("http://server", {"authorization": "x"}, VERSION) == 496
+    serve(lambda _: httpx2.Response(404, json={"error": {"message": "there is no task"}}))
+    with pytest.raises(CommandFailed, match="task@v3: 404: there is no task"):
+        model_len_behind("http://server", {}, VERSION)

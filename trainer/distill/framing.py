@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from server.engine.tokenizer import Tokenizer
 from server.errors import InvalidParameter
 from trainer.distill.seed_prompts import SeedPrompts
-from trainer.evaluate import with_text
+from trainer.encoding import with_text
 
 _ABOUT: Final = (
     "This is a document, or a part of one.\n\n{document}\n\nMessages are about this document."

@@ -58,14 +58,15 @@ def not_a_number(case: Case) -> Finding | None:
 
 def loss_spikes(case: Case) -> Finding | None:
     """The training loss jumped, stayed up for steps, and gave back much of what was gained."""
-    spikes = _spikes([float(record["loss"]) for record in case.history.steps if _has_loss(record)])
+    steps = [record for record in case.history.steps if not _is_no_number(record.get("loss"))]
+    spikes = _spikes([float(record["loss"]) for record in steps])
     if not spikes:
         return None
     index, before, peak = max(spikes, key=lambda spike: spike[2] - spike[1])
     return Finding(
         Failure.LOSS_SPIKES,
         Severity.WARNING,
-        f"The training loss jumped {len(spikes)} times; at step {case.history.steps[index]['step']} from "
+        f"The training loss jumped {len(spikes)} times; at step {steps[index]['step']} from "
         f"{nats(before)} to {nats(peak)} nats a token.",
         "Lower the learning rate (a third), lengthen the warm-up, or clip gradients at a smaller norm.",
     )
@@ -117,10 +118,6 @@ def _spikes(losses: list[float]) -> list[tuple[int, float, float]]:
             index += SPIKE_LOOK_BACK  # until the window knows the new level, this is one spike
         index += 1
     return found
-
-
-def _has_loss(record: object) -> bool:
-    return isinstance(record, dict) and not _is_no_number(record.get("loss"))
 
 
 def _is_no_number(value: object) -> bool:

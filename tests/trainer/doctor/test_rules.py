@@ -210,6 +210,17 @@ def test_jumps_that_last_are_spikes() -> None:
     assert "jumped 2 times; at step" in finding.evidence
 
 
+def test_a_spike_is_named_by_its_own_step_whatever_losses_are_missing() -> None:
+    records = SANE.records()
+    for record in records:
+        if record["kind"] == "step" and record["step"] in range(3, 9):
+            record["loss"] = None
+        elif record["kind"] == "step" and record["step"] in (100, 101, 102):
+            record["loss"] = 6.0
+    [finding] = [f for f in found(SANE, records) if f.name is Failure.LOSS_SPIKES]
+    assert "jumped 1 times; at step 100 from" in finding.evidence
+
+
 def test_a_jump_that_is_worked_off_slowly_is_a_spike() -> None:
     records = SANE.records()
     for record in records:
