@@ -18,7 +18,14 @@ from benchmarks import machine_load, peft_comparison
 from benchmarks.contest import Call, Result, Round, Rules, agreement, percentile
 from benchmarks.hardware_limits import HardwareLimits, ModelCost
 from benchmarks.peft_contestants import PeftGenerate, load_peft_model
-from benchmarks.workload import SCALES, Request, Workload, make_prefixes, write_model
+from benchmarks.workload import (
+    SCALES,
+    Request,
+    Workload,
+    bake_prefixes,
+    text_prefixes,
+    write_model,
+)
 
 TINY = SCALES["tiny"]
 
@@ -38,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, 
 def test_all_contestants_give_the_same_tokens_in_float32(run: Any) -> None:
     _, figures, _ = run
 
-    assert len(figures["agreement"]) == 3, "every two contestants are compared"
+    assert len(figures["agreement"]) == 10, "every two contestants are compared"
     for agreed in figures["agreement"].values():
         assert agreed["num_requests"] == TINY.workload.num_requests
         assert agreed["identical_share"] == 1.0
@@ -48,7 +55,8 @@ def test_all_contestants_give_the_same_tokens_in_float32(run: Any) -> None:
 def test_the_last_line_holds_every_figure_that_a_report_needs(run: Any) -> None:
     _, figures, _ = run
 
-    assert figures["ratios"].keys() == {"vs_peft_single", "vs_peft_batched"}
+    peers = ("peft_single", "peft_batched", "hf_static", "hf_continuous")
+    assert figures["ratios"].keys() == {f"vs_{peer}" for peer in peers}
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert {"cpu", "cores", "threads", "versions", "commit", "date"} <= figures["machine"].keys()
     assert figures["limits"]["read_bytes_per_second"] > 0
@@ -64,7 +72,7 @@ def test_the_report_holds_the_table_that_was_printed(run: Any) -> None:
     lines, figures, report = run
 
     table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 5
+    assert len(table) == 7
     assert "\n".join(table) in report
     assert figures["command"] in report
     assert figures["machine"]["commit"] in report
@@ -86,7 +94,7 @@ def test_a_report_that_exists_is_not_overwritten(
 def test_the_prefix_decides_what_peft_answers(tmp_path: Path) -> None:
     """Else equal tokens would say nothing about prefixes."""
     write_model(tmp_path, TINY, torch.float32)
-    prefixes = make_prefixes(TINY, torch.float32)
+    prefixes = bake_prefixes(tmp_path, text_prefixes(TINY))
     model = load_peft_model(tmp_path, prefixes, attention="sdpa")
     contestant = PeftGenerate(model, "peft", "", group=1)
     request = TINY.workload.requests(TINY.config["vocab_size"])[0]
