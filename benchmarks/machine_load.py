@@ -49,9 +49,10 @@ def _descendants_ticks(pid: int) -> Iterator[int]:
     """Ticks of each descendant that lives, with those of its own children that ended."""
     stats = {int(path.parent.name): _stat(path) for path in Path("/proc").glob("[0-9]*/stat")}
     family = {pid}
-    while found := {
-        child for child, stat in stats.items() if stat and int(stat[1]) in family
-    } - family:
+    while (
+        found := {child for child, stat in stats.items() if stat and int(stat[1]) in family}
+        - family
+    ):
         family |= found
     for child in family - {pid}:
         yield sum(int(ticks) for ticks in stats[child][11:15])

@@ -62,11 +62,6 @@ PEFT with itself at two batch sizes; the notes show all pairs.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import shlex
-import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -74,13 +69,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.contest import MAX_TRIES, Contestant, Result, Rules, compete
-from benchmarks.hardware_limits import LimitsMeter, ModelCost
+from benchmarks.command_line import (
+    DTYPES,
+    Progress,
+    contest_parser,
+    limits_meter,
+    parse,
+    publish,
+    rules,
+)
+from benchmarks.contest import Contestant, compete
+from benchmarks.hardware_limits import ModelCost, kv_bytes_per_token
 from benchmarks.peft_contestants import Attention, PeftGenerate, load_peft_model
 from benchmarks.prefixd_contestant import Prefixd
 from benchmarks.report import Machine, Report
@@ -102,33 +104,13 @@ from benchmarks.workload import (
 )
 
 _PACKAGES: Final = ("torch", "transformers", "peft")
-_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peft_comparison",
-        description="prefixd against PEFT and transformers: output tokens/s and TTFT, and the share of the machine's limit",
-    )
-    parser.add_argument("--scale", choices=SCALES, default="0.5b", help="model shape and workload")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of every contestant")
-    parser.add_argument(
-        "--round-seconds",
-        type=float,
-        default=35.0,
-        help="begin no further call after this long; the pass is extrapolated. 0: always a full pass",
-    )
-    parser.add_argument(
-        "--quiet",
-        type=float,
-        default=math.inf,
-        metavar="CORES",
-        help="try a round again during which other processes used more cores than this (at most "
-        f"{MAX_TRIES} times as many rounds); the quietest count",
-    )
-    parser.add_argument(
-        "--threads", type=int, help="torch threads of everybody; torch's choice if left out"
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the comparison and prints it; the last line is JSON."""
+    parser = contest_parser(
+        "peft_comparison",
+        "prefixd against PEFT and transformers: output tokens/s and TTFT, and the share of the machine's limit",
     )
     parser.add_argument("--peft-attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument(
@@ -136,49 +118,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="bare prompts for prefixd and transformers, without PEFT",
     )
-    parser.add_argument("--out", type=Path, help="write the report there as markdown")
-    arguments = parser.parse_args(argv)
-    if arguments.out is not None and arguments.out.exists():
-        parser.error(f"--out {arguments.out} exists, and a report is a record: choose a new name")
-    return arguments
+    arguments = parse(parser, argv)
+    report = run(arguments)
+    publish(arguments.out, report.markdown(), report.text(), report.figures())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the comparison and prints it; the last line is JSON."""
-    arguments = parse_arguments(argv)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    given = sys.argv[1:] if argv is None else argv
-    report = run(arguments, shlex.join(["python", "-m", "benchmarks.peft_comparison", *given]))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(report.markdown())
-    print(report.text())
-    print()
-    print(json.dumps(report.figures(), allow_nan=False))
-
-
-def run(arguments: argparse.Namespace, command: str) -> Report:
+def run(arguments: argparse.Namespace) -> Report:
     """Sets everything up, lets the contestants compete, measures the machine between their turns."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # continuous batching warns of what is chosen here
-    scale, dtype = SCALES[arguments.scale], _DTYPES[arguments.dtype]
+    scale, dtype = SCALES[arguments.scale], DTYPES[arguments.dtype]
     if arguments.without_prefixes:
         scale = replace(scale, workload=replace(scale.workload, num_virtual_tokens=0))
-    progress = _Progress()
+    progress = Progress()
     machine = Machine.describe(_PACKAGES)
-    meter = _limits_meter(scale, dtype)
+    meter = limits_meter(scale, dtype)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="prefixd-bench-")))
         write_model(directory / "model", scale, dtype)
         progress("model written")
         contestants, cost = _set_up(directory, scale, arguments, stack, progress)
         progress("contestants set up")
-        results = _compete(contestants, scale, arguments, progress, meter)
+        requests = scale.workload.requests(scale.config["vocab_size"])
+        agreed = rules(arguments, scale.workload)
+        results = compete(contestants, requests, agreed, progress, meter.measure)
     return Report(
         title="prefixd against PEFT and transformers on a CPU",
         benchmark="peft_comparison",
-        command=command,
+        command=arguments.command,
         model=f"{scale.name}, {arguments.dtype}",
         machine=machine,
         workload=scale.workload,
@@ -193,7 +160,7 @@ def _set_up(
     scale: Scale,
     arguments: argparse.Namespace,
     stack: ExitStack,
-    progress: _Progress,
+    progress: Progress,
 ) -> tuple[list[Contestant], ModelCost]:
     """The contestants, ours first, and what a step costs; `stack` closes them."""
     texts = {} if arguments.without_prefixes else text_prefixes(scale)
@@ -204,18 +171,10 @@ def _set_up(
     # The peers are tried while prefixd is not there yet: more memory for them.
     peers = _peft(model_dir, scale, prefixes, arguments.peft_attention) if prefixes else []
     peers += _transformers(plain, scale, texts, requests, progress)
-    prefixd = Prefixd(
-        model_dir, directory / "store", prefixes, kv_cache_bytes=scale.kv_cache_bytes
-    )
+    prefixd = Prefixd(model_dir, directory / "store", prefixes, kv_cache_bytes=scale.kv_cache_bytes)
     for contestant in (prefixd, *peers):
         stack.callback(contestant.close)
-    return [prefixd, *peers], ModelCost.of(plain, _kv_bytes_per_token(plain))
-
-
-def _kv_bytes_per_token(model: nn.Module) -> int:
-    """Keys and values of all layers; K and V are as wide as the layers that make them."""
-    made = [m for name, m in model.named_modules() if name.endswith((".k_proj", ".v_proj"))]
-    return sum(layer.out_features * layer.weight.element_size() for layer in made)
+    return [prefixd, *peers], ModelCost.of(plain, kv_bytes_per_token(plain))
 
 
 def _peft(
@@ -236,7 +195,7 @@ def _transformers(
     scale: Scale,
     texts: Texts,
     requests: Sequence[Request],
-    progress: _Progress,
+    progress: Progress,
 ) -> list[Contestant]:
     """The fastest static batch and the fastest continuous one, of those that a CPU can run."""
     work = scale.workload
@@ -258,41 +217,6 @@ def _transformers(
     return [
         fastest(candidates, requests, output_len, progress) for candidates in (static, continuous)
     ]
-
-
-def _compete(
-    contestants: Sequence[Contestant],
-    scale: Scale,
-    arguments: argparse.Namespace,
-    progress: _Progress,
-    meter: LimitsMeter,
-) -> list[Result]:
-    output_len = scale.workload.output_len
-    rules = Rules(
-        repeats=arguments.repeats,
-        round_seconds=arguments.round_seconds,
-        quiet_cores=arguments.quiet,
-        output_len=output_len,
-        warm_up_len=max(2, output_len // 8),
-    )
-    requests = scale.workload.requests(scale.config["vocab_size"])
-    return compete(contestants, requests, rules, progress, meter.measure)
-
-
-def _limits_meter(scale: Scale, dtype: torch.dtype) -> LimitsMeter:
-    if scale is SCALES["tiny"]:
-        return LimitsMeter(dtype, buffer_bytes=2**22, matrix_size=128, tries=2)
-    return LimitsMeter(dtype)
-
-
-class _Progress:
-    """One line on stderr per event, with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __call__(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self._started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

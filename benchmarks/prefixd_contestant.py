@@ -50,8 +50,6 @@ class StepRecorder:
 class Prefixd:
     """All requests at once into `AsyncEngine`, each answer streamed token by token to its reader."""
 
-    name: Final = "prefixd"
-
     def __init__(
         self,
         model_dir: Path,
@@ -60,7 +58,9 @@ class Prefixd:
         *,
         kv_cache_bytes: int,
         cold: bool = True,
+        name: str = "prefixd",
     ) -> None:
+        self.name: Final = name
         config = ServeConfig(
             model=str(model_dir),
             device="cpu",
@@ -98,6 +98,11 @@ class Prefixd:
 
     def upload(self, prefix: TaskPrefix) -> None:
         """Publishes it; the first request of its task loads it."""
+        self._serving.store.put(prefix.task, self.artifact(prefix))
+        self._tasks.add(prefix.task)
+
+    def artifact(self, prefix: TaskPrefix) -> bytes:
+        """What one uploads for this base."""
         base = self._serving.base
         manifest = PrefixManifest(
             num_virtual_tokens=prefix.keys[0].shape[0],
@@ -105,8 +110,7 @@ class Prefixd:
             model_type=base.model_type,
             base_model=BaseModelRef(fingerprint=base.fingerprint),
         )
-        self._serving.store.put(prefix.task, encode(manifest, prefix.keys, prefix.values))
-        self._tasks.add(prefix.task)
+        return encode(manifest, prefix.keys, prefix.values)
 
     async def _serve(self, requests: tuple[Request, ...], output_len: int) -> Call:
         engine = self._serving.engine

@@ -7,6 +7,7 @@ environments, where the rest of this package does not import.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def steady_gaps(token_seconds: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -18,4 +19,4 @@ def steady_gaps(token_seconds: Sequence[Sequence[float]]) -> tuple[float, ...]:
     begin = max(times[0] for times in token_seconds)
     end = min(times[-1] for times in token_seconds)
     steady = [t for t in token_seconds[0] if begin <= t <= end]
-    return tuple(b - a for a, b in zip(steady, steady[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(steady))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -123,6 +124,24 @@ SCALES: Final = {
         ),
         kv_cache_bytes=2**29,
     ),
+    "small": Scale(
+        name="small Qwen2 shape",  # to see that it works, with heads that everybody has kernels for
+        config=_QWEN2
+        | {
+            "vocab_size": 2048,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 512,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.06,
+        },
+        workload=Workload(
+            num_tasks=3, requests_per_task=2, num_virtual_tokens=32, prompt_len=16, output_len=12
+        ),
+        kv_cache_bytes=2**26,
+    ),
     "tiny": Scale(
         name="tiny Qwen2 shape",
         config=_QWEN2
@@ -193,9 +212,7 @@ def bake_prefixes(model_dir: Path, texts: Mapping[str, tuple[int, ...]]) -> list
     return prefixes
 
 
-def random_prefixes(
-    scale: Scale, dtype: torch.dtype, tasks: Iterable[str]
-) -> Iterator[TaskPrefix]:
+def random_prefixes(scale: Scale, dtype: torch.dtype, tasks: Iterable[str]) -> Iterator[TaskPrefix]:
     """Keys and values that stand for no text, one prefix at a time: for more tasks than one would bake."""
     config = scale.config
     heads = config["num_key_value_heads"]
@@ -205,3 +222,19 @@ def random_prefixes(
         generator = torch.Generator().manual_seed(1000 + number)
         keys, values = torch.randn(shape, generator=generator).to(dtype)
         yield TaskPrefix(task, tuple(keys), tuple(values))
+
+
+def save_prefix(directory: Path, prefix: TaskPrefix) -> None:
+    """Writes keys and values to a file named for the task, for another process of this run."""
+    tensors = {f"k.{i}": t for i, t in enumerate(prefix.keys)}
+    tensors |= {f"v.{i}": t for i, t in enumerate(prefix.values)}
+    save_file(tensors, directory / f"{prefix.task}.safetensors")
+
+
+def load_prefix(directory: Path, task: str) -> TaskPrefix:
+    """What `save_prefix` wrote."""
+    tensors = load_file(directory / f"{task}.safetensors")
+    layers = range(len(tensors) // 2)
+    return TaskPrefix(
+        task, tuple(tensors[f"k.{i}"] for i in layers), tuple(tensors[f"v.{i}"] for i in layers)
+    )

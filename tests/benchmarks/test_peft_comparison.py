@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +206,22 @@ def test_our_own_work_is_not_counted_as_that_of_others(monkeypatch: pytest.Monke
     meter = machine_load.OthersMeter()
     _keep_busy(0.2)
     assert 0.0 <= meter.cores() <= (os.cpu_count() or 1) + 0.1  # ticks of 10 ms
+
+
+def test_the_work_of_processes_that_we_started_is_our_own_while_they_live_and_after() -> None:
+    program = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    before = machine_load._own_seconds()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        living = machine_load._own_seconds()
+        child.communicate("\n")
+    ended = machine_load._own_seconds()
+
+    assert 0.28 <= living - before < 30.0  # ticks of 10 ms
+    assert 0.28 <= ended - before < 30.0
 
 
 def _keep_busy(seconds: float) -> None:
