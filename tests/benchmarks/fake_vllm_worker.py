@@ -5,6 +5,7 @@ Started by the driver in a process of its own; imports nothing heavy.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ class FakeEngine:
 
     def step(self) -> list[Any]:
         """Cumulative outputs of all that runs, as vLLM's are."""
+        time.sleep(0.005)  # at no time at all, ratios would be rounded to nought
         if self.waiting:
             name, prompt, output_len = self.waiting.pop(0)
             self.running[name] = [prompt[-1], [], output_len]
