@@ -16,9 +16,10 @@ class OthersMeter:
     """Cores that others kept busy since this was made, on average."""
 
     def __init__(self) -> None:
-        self._busy = _busy_seconds()
-        self._own = _own_seconds()
+        # Looking takes a moment, in which others work too: what they did must not count for longer than the time does.
         self._started = time.perf_counter()
+        self._own = _own_seconds()
+        self._busy = _busy_seconds()
 
     def cores(self) -> float:
         busy = _busy_seconds() - self._busy
