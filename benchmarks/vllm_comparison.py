@@ -157,6 +157,7 @@ def _write_setup(arguments: argparse.Namespace, scale: Scale) -> tuple[Message, 
     plain = load_plain_model(model_dir)
     setup = {
         "model": str(model_dir),
+        "dtype": arguments.dtype,
         "prefixes": str(prefix_dir),
         "texts": texts,
         "max_num_seqs": max(case.num_requests for case in cases(scale)),

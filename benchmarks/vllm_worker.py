@@ -80,6 +80,7 @@ def prepare(setup: Message) -> tuple[Serve, Mapping[str, Any]]:
 
     llm = LLM(
         model=setup["model"],
+        dtype=setup["dtype"],  # left to itself it would take bfloat16 for a float32 model
         max_model_len=setup["max_model_len"],
         max_num_seqs=setup["max_num_seqs"],
         kv_cache_memory_bytes=setup["kv_cache_bytes"],

@@ -1,7 +1,7 @@
 """A worker process as a contestant, and what it is told.
 
 Driver side only. The setup says which model, which text stands for each task, and how much is asked at most:
-`{"model": folder, "prefixes": folder, "texts": {task: ids}, "max_num_seqs": n, "max_model_len": n,
+`{"model": folder, "dtype": name, "prefixes": folder, "texts": {task: ids}, "max_num_seqs": n, "max_model_len": n,
 "kv_cache_bytes": n, "threads": n}`. A call is `{"requests": [{"task": t, "prompt_token_ids": ids}, ...],
 "output_len": n}`, its answer has the fields of `Call` but for the requests.
 """
