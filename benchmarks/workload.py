@@ -1,5 +1,9 @@
 """What every contestant is given: the model, the tasks' prefixes, the requests. All of it made from a seed.
 
+A task's prefix is there twice: as a text of random tokens, and as the keys and values that the model itself computes
+for that text. So a peer that knows no prefixes is given the text before each prompt, attends over the very same
+keys and values, and must give the same tokens.
+
 Nothing is downloaded. The model has the shape of a published one and random weights, which changes no time:
 a multiplication takes as long whatever the numbers are. It is written to a directory, so that everybody
 loads it as a user would.
@@ -8,11 +12,13 @@ loads it as a user would.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -72,11 +78,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TaskPrefix:
-    """A task's learned K/V, here random: per layer [P, H_kv, D], in the model's dtype."""
+    """A task's K/V: per layer [P, H_kv, D], in the model's dtype. `text`: the P tokens that gave them, if any did."""
 
     task: str
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    text: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,24 @@ SCALES: Final = {
             num_tasks=8, requests_per_task=4, num_virtual_tokens=32, prompt_len=64, output_len=64
         ),
         kv_cache_bytes=2**29,
+    ),
+    "small": Scale(
+        name="small Qwen2 shape",  # to see that it works, with heads that everybody has kernels for
+        config=_QWEN2
+        | {
+            "vocab_size": 2048,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 512,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.06,
+        },
+        workload=Workload(
+            num_tasks=3, requests_per_task=2, num_virtual_tokens=32, prompt_len=16, output_len=12
+        ),
+        kv_cache_bytes=2**26,
     ),
     "tiny": Scale(
         name="tiny Qwen2 shape",
@@ -158,21 +183,58 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def make_prefixes(scale: Scale, dtype: torch.dtype) -> tuple[TaskPrefix, ...]:
-    """One random prefix per task."""
+def text_prefixes(scale: Scale) -> dict[str, tuple[int, ...]]:
+    """A text of `num_virtual_tokens` random tokens for each task."""
+    draw = random.Random(1000 + scale.workload.seed)
+    vocab_size, length = scale.config["vocab_size"], scale.workload.num_virtual_tokens
+    return {
+        task: tuple(draw.randrange(vocab_size) for _ in range(length))
+        for task in scale.workload.tasks()
+    }
+
+
+def bake_prefixes(model_dir: Path, texts: Mapping[str, tuple[int, ...]]) -> list[TaskPrefix]:
+    """Each text's keys and values, computed by transformers with the model in `model_dir`."""
+    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype="auto").eval()
+    prefixes = []
+    for task, text in texts.items():
+        with torch.inference_mode():
+            cache = model(torch.tensor([text]), use_cache=True, logits_to_keep=1).past_key_values
+        layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # each [H_kv, P, D]
+        prefixes.append(
+            TaskPrefix(
+                task,
+                keys=tuple(keys.transpose(0, 1).contiguous() for keys, _ in layers),
+                values=tuple(values.transpose(0, 1).contiguous() for _, values in layers),
+                text=text,
+            )
+        )
+    return prefixes
+
+
+def random_prefixes(scale: Scale, dtype: torch.dtype, tasks: Iterable[str]) -> Iterator[TaskPrefix]:
+    """Keys and values that stand for no text, one prefix at a time: for more tasks than one would bake."""
     config = scale.config
     heads = config["num_key_value_heads"]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
-    shape = (scale.workload.num_virtual_tokens, heads, head_dim)
-
-    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.randn(shape, generator=generator).to(dtype)
-            for _ in range(config["num_hidden_layers"])
-        )
-
-    prefixes = []
-    for number, task in enumerate(scale.workload.tasks()):
+    shape = (2, config["num_hidden_layers"], scale.workload.num_virtual_tokens, heads, head_dim)
+    for number, task in enumerate(tasks):
         generator = torch.Generator().manual_seed(1000 + number)
-        prefixes.append(TaskPrefix(task, keys=draw(generator), values=draw(generator)))
-    return tuple(prefixes)
+        keys, values = torch.randn(shape, generator=generator).to(dtype)
+        yield TaskPrefix(task, tuple(keys), tuple(values))
+
+
+def save_prefix(directory: Path, prefix: TaskPrefix) -> None:
+    """Writes keys and values to a file named for the task, for another process of this run."""
+    tensors = {f"k.{i}": t for i, t in enumerate(prefix.keys)}
+    tensors |= {f"v.{i}": t for i, t in enumerate(prefix.values)}
+    save_file(tensors, directory / f"{prefix.task}.safetensors")
+
+
+def load_prefix(directory: Path, task: str) -> TaskPrefix:
+    """What `save_prefix` wrote."""
+    tensors = load_file(directory / f"{task}.safetensors")
+    layers = range(len(tensors) // 2)
+    return TaskPrefix(
+        task, tuple(tensors[f"k.{i}"] for i in layers), tuple(tensors[f"v.{i}"] for i in layers)
+    )

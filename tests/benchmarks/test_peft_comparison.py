@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,14 @@ from benchmarks import machine_load, peft_comparison
 from benchmarks.contest import Call, Result, Round, Rules, agreement, percentile
 from benchmarks.hardware_limits import HardwareLimits, ModelCost
 from benchmarks.peft_contestants import PeftGenerate, load_peft_model
-from benchmarks.workload import SCALES, Request, Workload, make_prefixes, write_model
+from benchmarks.workload import (
+    SCALES,
+    Request,
+    Workload,
+    bake_prefixes,
+    text_prefixes,
+    write_model,
+)
 
 TINY = SCALES["tiny"]
 
@@ -38,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, 
 def test_all_contestants_give_the_same_tokens_in_float32(run: Any) -> None:
     _, figures, _ = run
 
-    assert len(figures["agreement"]) == 3, "every two contestants are compared"
+    assert len(figures["agreement"]) == 10, "every two contestants are compared"
     for agreed in figures["agreement"].values():
         assert agreed["num_requests"] == TINY.workload.num_requests
         assert agreed["identical_share"] == 1.0
@@ -48,7 +57,8 @@ def test_all_contestants_give_the_same_tokens_in_float32(run: Any) -> None:
 def test_the_last_line_holds_every_figure_that_a_report_needs(run: Any) -> None:
     _, figures, _ = run
 
-    assert figures["ratios"].keys() == {"vs_peft_single", "vs_peft_batched"}
+    peers = ("peft_single", "peft_batched", "hf_static", "hf_continuous")
+    assert figures["ratios"].keys() == {f"vs_{peer}" for peer in peers}
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert {"cpu", "cores", "threads", "versions", "commit", "date"} <= figures["machine"].keys()
     assert figures["limits"]["read_bytes_per_second"] > 0
@@ -64,7 +74,7 @@ def test_the_report_holds_the_table_that_was_printed(run: Any) -> None:
     lines, figures, report = run
 
     table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 5
+    assert len(table) == 7
     assert "\n".join(table) in report
     assert figures["command"] in report
     assert figures["machine"]["commit"] in report
@@ -86,7 +96,7 @@ def test_a_report_that_exists_is_not_overwritten(
 def test_the_prefix_decides_what_peft_answers(tmp_path: Path) -> None:
     """Else equal tokens would say nothing about prefixes."""
     write_model(tmp_path, TINY, torch.float32)
-    prefixes = make_prefixes(TINY, torch.float32)
+    prefixes = bake_prefixes(tmp_path, text_prefixes(TINY))
     model = load_peft_model(tmp_path, prefixes, attention="sdpa")
     contestant = PeftGenerate(model, "peft", "", group=1)
     request = TINY.workload.requests(TINY.config["vocab_size"])[0]
@@ -196,6 +206,22 @@ def test_our_own_work_is_not_counted_as_that_of_others(monkeypatch: pytest.Monke
     meter = machine_load.OthersMeter()
     _keep_busy(0.2)
     assert 0.0 <= meter.cores() <= (os.cpu_count() or 1) + 0.1  # ticks of 10 ms
+
+
+def test_the_work_of_processes_that_we_started_is_our_own_while_they_live_and_after() -> None:
+    program = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    before = machine_load._own_seconds()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        living = machine_load._own_seconds()
+        child.communicate("\n")
+    ended = machine_load._own_seconds()
+
+    assert 0.28 <= living - before < 30.0  # ticks of 10 ms
+    assert 0.28 <= ended - before < 30.0
 
 
 def _keep_busy(seconds: float) -> None:
