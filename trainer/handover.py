@@ -18,6 +18,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from server.cli_client import CommandFailed, call, server_address, task_path
+from trainer.blind_spots import require_sight
 from trainer.encoding import EncodedExample
 from trainer.engine_in_process import Progress
 from trainer.errors import BadData
@@ -92,11 +93,13 @@ def hand_over(
 ) -> HandOver:
     """Uploads, judges, and promotes if `rule` holds. `metrics`: more to show beside the rule's own.
 
-    Raises `CommandFailed` when the server refuses or can not be reached, `BadData` without examples. The upload
-    stays as a stored version whatever comes of it.
+    Raises `CommandFailed` when the server refuses or can not be reached; before anything is sent `BadData` without
+    examples, and `BadSetting` for a rule whose metric can not judge them. The upload stays as a stored version
+    whatever comes of it.
     """
     if not examples:
         raise BadData("no held-out examples: there is nothing to judge the new version by")
+    require_sight(rule.metric, [example.reference for example in examples], "--promote-if")
     candidate = _upload(server, artifact, task)
     live = _live_version(server, task)
     shown = list(dict.fromkeys([rule.metric, *metrics]))

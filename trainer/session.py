@@ -17,6 +17,7 @@ from pydantic import JsonValue
 
 from server import __version__
 from trainer.base import FrozenBase, load_base
+from trainer.blind_spots import require_sight
 from trainer.checkpoint import Checkpoint, Origin, Progress, load_checkpoint
 from trainer.config import RunSettings, TrainConfig
 from trainer.data import Example, Fields, digest_of_file, num_shared_prompts, read_examples, split
@@ -33,6 +34,7 @@ from trainer.held_out_loss import mean_loss
 from trainer.initial import InitialPrefix, initial_prefix, num_virtual_tokens
 from trainer.loop import HeldOutMetrics, Hooks, Loop
 from trainer.loss import Objective, next_token_loss
+from trainer.memory_shortage import memory_shortage_named
 from trainer.prefix_cache import KeyValues
 from trainer.prefix_encoder import build_encoder
 from trainer.records import Observer
@@ -126,6 +128,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
 def gather(config: TrainConfig, base: FrozenBase | None = None) -> Material:
     """Reads data and base, unless `open_base` gave that before. Raises `BadData`, `BadSetting` or `ModelRefused`."""
     training, held_out = _examples(config)
+    require_sight(config.select_by, [example.completion for example in held_out], "select_by")
     base = base or open_base(config)
     encoder = ExampleEncoder(base.tokenizer, encoding_settings(config, base))
     encoded, notices = encoder.encode(training)
@@ -185,7 +188,20 @@ def run(
     checkpoint_file: Path | None,
     attachments: Attachments,
 ) -> TrainResult:
-    """Trains on what was gathered, from the checkpoint if there is one. Raises `CannotResume` if it is of another run."""
+    """Trains on what was gathered, from the checkpoint if there is one. Raises `CannotResume` if it is of another run,
+    and what the loop raises.
+    """
+    with memory_shortage_named():
+        return _run(config, material, folder, checkpoint_file, attachments)
+
+
+def _run(
+    config: TrainConfig,
+    material: Material,
+    folder: RunFolder,
+    checkpoint_file: Path | None,
+    attachments: Attachments,
+) -> TrainResult:
     base, origin = material.base, origin_of(config, material.base)
     checkpoint: Checkpoint | None = None
     if checkpoint_file is not None:

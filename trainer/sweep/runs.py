@@ -19,6 +19,7 @@ from prefix_store.artifact import decode, digest_of
 from prefix_store.errors import PrefixStoreError
 from server.errors import PrefixdError
 from trainer import session
+from trainer.blind_spots import require_sight
 from trainer.checkpoint import load_checkpoint
 from trainer.conclusion import conclude
 from trainer.config import LOSS
@@ -89,6 +90,8 @@ def sweep(
     output = configs[0].output.absolute()
     found = read_sweep(output)
     plan = make_plan(configs, output)
+    references = [example.reference for example in plan.material.held_out]
+    require_sight(configs[0].pick_by, references, "pick_by")
     sweeping = _Sweep.of(configs, output, plan, found, display or Unseen(), should_stop)
     return sweeping.run()
 
