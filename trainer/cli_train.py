@@ -107,7 +107,7 @@ def _trained(resume: Path | None, config: TrainConfig | None, console: Console) 
     stop = StopRequest()
     path = resume if config is None else config.output
     assert path is not None, "checked before"
-    # Reopening refuses a folder without a checkpoint, and says so.
+    # Reopening refuses a folder without a checkpoint, and says so before anything is loaded.
     settings = (
         RunFolder.reopen(path).read_config() if config is None else {"select_by": config.select_by}
     )

@@ -98,9 +98,11 @@ def train(
     `material`: what `gather` gave for the same data and base, where several runs share it.
     """
     config = absolute(config)
+    RunFolder(config.output).require_free()  # before a base is loaded for minutes
     material = material or gather(config)
     folder = RunFolder.create(config.output, config.model_dump(mode="json"))
-    return run(config, material, folder, None, attachments)
+    with folder.in_use():
+        return run(config, material, folder, None, attachments)
 
 
 def resume(
@@ -110,9 +112,11 @@ def resume(
 ) -> TrainResult:
     """Goes on with the run in `path` from its last checkpoint. Raises `CannotResume` if what it was begun with changed."""
     folder = RunFolder.reopen(path)
-    config = TrainConfig(**folder.read_config()).model_copy(update={"output": path})
-    material = material or gather(config)
-    return run(config, material, folder, folder.checkpoint, attachments)
+    with folder.in_use():
+        folder.mend_log()
+        config = TrainConfig(**folder.read_config()).model_copy(update={"output": path})
+        material = material or gather(config)
+        return run(config, material, folder, folder.checkpoint, attachments)
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
