@@ -13,7 +13,7 @@ import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from rich.table import Table
 
@@ -27,6 +27,9 @@ from trainer.metrics import METRICS, Rows
 from trainer.promotion_rule import PromotionRule
 from trainer.served_completions import ServedVersion, complete_through_server
 from trainer.standard_error import Score, difference, score
+
+if TYPE_CHECKING:
+    import httpx2
 
 PROMOTED: Final = 0
 NOT_PROMOTED: Final = 3
@@ -122,6 +125,14 @@ def hand_over(
     )
 
 
+def require_reachable(server: ServerAccess, task: str) -> None:
+    """Raises `CommandFailed` if no prefix could be handed over now: no key, a wrong one, no server, no such name.
+
+    Changes nothing there. For whoever is about to train for hours first.
+    """
+    _live_version(server, task)
+
+
 def _upload(server: ServerAccess, artifact: bytes, task: str) -> ServedVersion:
     """The bytes as a version that is stored and not live. The same bytes are the version that they were."""
     sha = base64.b64encode(hashlib.sha256(artifact).digest()).decode()
@@ -135,22 +146,29 @@ def _upload(server: ServerAccess, artifact: bytes, task: str) -> ServedVersion:
             "content-digest": f"sha-256=:{sha}:",
             "content-type": "application/octet-stream",
         },
-    ).json()
+    )
     return _version(answer)
 
 
 def _live_version(server: ServerAccess, task: str) -> ServedVersion | None:
     path = task_path(task, "/aliases/live")
     try:
-        return _version(call("GET", path, server.url, server.admin_key).json())
+        return _version(call("GET", path, server.url, server.admin_key))
     except CommandFailed as failed:
         if failed.status == _NOT_FOUND:
             return None
         raise
 
 
-def _version(answer: dict[str, Any]) -> ServedVersion:
-    return ServedVersion(answer["task"], answer["version"], answer["digest"])
+def _version(response: httpx2.Response) -> ServedVersion:
+    """Raises `CommandFailed` for the answer of something that is no prefixd, such as a proxy's page."""
+    try:
+        answer = response.json()
+        return ServedVersion(answer["task"], answer["version"], answer["digest"])
+    except (ValueError, KeyError, TypeError):
+        raise CommandFailed(
+            f"{response.url}: expected an answer of prefixd, got {response.text[:100]!r}"
+        ) from None
 
 
 def _judge(
