@@ -235,4 +235,6 @@ def _messages(value: Any) -> list[Message]:
 def _report(path: Path, faults: list[str]) -> str:
     shown = "\n".join(faults[:_MAX_SHOWN])
     more = len(faults) - _MAX_SHOWN
-    return f"{path}: {len(faults)} bad lines\n{shown}" + (f"\nand {more} more" if more > 0 else "")
+    return f"{path}: {len(faults)} bad line{'s' * (len(faults) > 1)}\n{shown}" + (
+        f"\nand {more} more" if more > 0 else ""
+    )
