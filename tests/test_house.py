@@ -38,7 +38,7 @@ BUDGET_LINES = {
     "prefix_store": 4_700,
     "demo": 2_500,
     "converter": 1_300,
-    "trainer": 10_500,
+    "trainer": 11_000,
     "loadtest": 2_500,
 }
 

@@ -7,6 +7,7 @@ Nothing is pickled. Main thread; called by `loop`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.prefix_encoder import PrefixEncoder
 from trainer.run_folder import write_durably
 
 _KEY: Final = "prefixd.trainer"
+_CHECKSUM: Final = "sha256"
 _ENCODER: Final = "encoder."
 _OPTIMIZER: Final = "optimizer."
 _BEST: Final = "best."
@@ -103,15 +105,20 @@ def save_checkpoint(
         tensors |= {f"{_BEST}{index}": tensor for index, tensor in enumerate(best.tensors)}
     about = json.dumps({"origin": asdict(origin), "progress": asdict(progress)})
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_durably(path, save(held, metadata={_KEY: about}))
+    metadata = {_KEY: about, _CHECKSUM: _checksum(about, held)}
+    write_durably(path, save(held, metadata=metadata))
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
-    """Raises `CannotResume` for a file that is no checkpoint."""
+    """Raises `CannotResume` for a file that is no checkpoint, or is one no longer."""
     try:
         with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
+            about: dict[str, Any] = json.loads(metadata[_KEY])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+        # An older checkpoint has no checksum, and is believed.
+        if metadata.get(_CHECKSUM, found := _checksum(metadata[_KEY], tensors)) != found:
+            raise ValueError("its bytes changed since it was written")
         origin, progress = Origin(**about["origin"]), Progress(**about["progress"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CannotResume(f"{path} is no checkpoint of this program: {error}") from None
@@ -121,6 +128,15 @@ def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
         progress,
         {name: t if name in on_host else t.to(device) for name, t in tensors.items()},
     )
+
+
+def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a checkpoint holds; safetensors itself would not notice a changed bit."""
+    sha = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _below(tensors: dict[str, Tensor], head: str) -> dict[str, Tensor]:

@@ -38,12 +38,11 @@ def distill(
     from trainer.distill.stage_display import StageDisplay
     from trainer.session import Attachments
 
-    stop = StopRequest()
     console = Console(stderr=not sys.stdout.isatty())
     path = resume if config is None else config.output
     assert path is not None, "checked above"
     try:
-        with StageDisplay(path.name, console) as display:
+        with StopRequest() as stop, StageDisplay(path.name, console) as display:
             attachments = Attachments(observers=(display,), should_stop=lambda: stop.asked)
             if config is None:
                 result = distillation.resume(path, attachments, display.on_stage)

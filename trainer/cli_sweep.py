@@ -39,8 +39,8 @@ def sweep(
     from trainer.sweep import runs
     from trainer.sweep.display import SweepDisplay
 
-    stop = StopRequest()
-    with SweepDisplay(Console(stderr=not sys.stdout.isatty())) as display:
+    console = Console(stderr=not sys.stdout.isatty())
+    with StopRequest() as stop, SweepDisplay(console) as display:
         result = runs.sweep(configs, display, lambda: stop.asked)
     _show(result)
     if result.interrupted:

@@ -5,11 +5,13 @@ Heavy libraries are imported when it runs, so that its help appears at once.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Final
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -25,20 +27,41 @@ if TYPE_CHECKING:
     from trainer.session import MetricsFor, TrainResult
 
 INTERRUPTED: Final = 130
+_STOPPING: Final = b"\nstopping after the step under way, with a checkpoint; a second time stops at once, without\n"
 FAILED_RUN: Final = 3
 
 
 class StopRequest:
-    """Whether someone asked the run to stop: the first Ctrl-C or SIGTERM asks, a second one does not wait."""
+    """Whether someone asked the run to stop: the first Ctrl-C or SIGTERM asks, a second one does not wait.
+
+    A context manager; when it ends the signals do again what they did before.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+        # The second one may end the process while the live table hides the cursor. A plain write: this may interrupt one.
+        cursor = b"\x1b[?25h" if os.isatty(2) else b""
+        with contextlib.suppress(OSError):
+            os.write(2, cursor + _STOPPING)
 
 
 def train(
@@ -71,8 +94,12 @@ def train(
         raise BadSetting("expected --push and --promote-if together, or neither")
     rule = None if promote_if is None else parse_rule(promote_if)  # before anything is trained
     require_known(metric)
-    from trainer.judging import hand_over_run, judge_run
+    if evaluate < 0:
+        raise BadSetting(f"--evaluate: expected 0 or more examples, got {evaluate}")
+    from trainer.judging import hand_over_run, judge_run, require_hand_over
 
+    if rule is not None:
+        require_hand_over(_folder(resume, config), task, push, admin_key)
     console = Console(stderr=not sys.stdout.isatty())
     result = _trained(resume, config, console)
     if result.reason == "interrupted":
@@ -98,21 +125,25 @@ def train(
     return handed.exit_code
 
 
+def _folder(resume: Path | None, config: TrainConfig | None) -> Path:
+    path = resume if config is None else config.output
+    assert path is not None, "checked before"
+    return path
+
+
 def _trained(resume: Path | None, config: TrainConfig | None, console: Console) -> TrainResult:
     """The run, shown while it goes on. If its loss is no number any more, the findings come before the error."""
     from trainer import session
     from trainer.live_table import open_display
     from trainer.run_folder import RunFolder
 
-    stop = StopRequest()
-    path = resume if config is None else config.output
-    assert path is not None, "checked before"
-    # Reopening refuses a folder without a checkpoint, and says so.
+    path = _folder(resume, config)
+    # Reopening refuses a folder without a checkpoint, and says so before anything is loaded.
     settings = (
         RunFolder.reopen(path).read_config() if config is None else {"select_by": config.select_by}
     )
     try:
-        with open_display(path.name, console) as display:
+        with StopRequest() as stop, open_display(path.name, console) as display:
             attachments = session.Attachments(
                 observers=(display,),
                 metrics_for=_metrics_for(settings.get("select_by", "loss")),

@@ -24,6 +24,9 @@ DEFAULT_LEARNING_RATES: Final = {"direct": 5e-2, "mlp": 5e-3, "soft": 5e-2}
 """Direct keys and values are learned in units of their initial size, so 5e-2 is a twentieth of it a step.
 Measured on the demo's tasks: docs/lab-log.md."""
 LOSS: Final = "loss"
+MAX_SEED: Final = (
+    2**53
+)  # the artifact's training record has it as JSON, whose integers are exact up to there
 
 InitKind: TypeAlias = Literal["text", "examples", "vocabulary", "random"]
 
@@ -80,6 +83,7 @@ class RunSettings(BaseModel):
     )
     separator: Annotated[str | None, Parameter(group=_DATA)] = Field(
         default=None,
+        max_length=1024,
         description="Learned before each completion; a space if there is no white space at any joint",
     )
     stop: Annotated[tuple[StopString, ...], Parameter(group=_DATA, negative=())] = Field(
@@ -98,10 +102,10 @@ class RunSettings(BaseModel):
         default=0.0, ge=0, lt=1, description="Share of the prefix's values that a step leaves out"
     )
     mlp_embedding_size: Annotated[int, Parameter(group=_PREFIX_DETAILS)] = Field(
-        default=64, ge=1, description="Width of the MLP's input"
+        default=64, ge=1, le=65_536, description="Width of the MLP's input"
     )
     mlp_hidden_size: Annotated[int, Parameter(group=_PREFIX_DETAILS)] = Field(
-        default=128, ge=1, description="Width of its hidden layer"
+        default=128, ge=1, le=65_536, description="Width of its hidden layer"
     )
 
     num_steps: Annotated[int | None, Parameter(group=_STEPS)] = Field(
@@ -110,6 +114,7 @@ class RunSettings(BaseModel):
     num_epochs: Annotated[float | None, Parameter(group=_STEPS)] = Field(
         default=None,
         gt=0,
+        le=1_000_000,
         description="Passes over the data; 3, and at least 800 steps, if neither is given",
     )
     batch_size: Annotated[int, Parameter(group=_STEPS)] = Field(
@@ -212,7 +217,7 @@ class TrainConfig(RunSettings):
         default=None, gt=0, description="Peak; by the encoder if left out"
     )
     seed: Annotated[int, Parameter(group=_RUN)] = Field(
-        default=0, ge=0, lt=2**63, description="Of initialisation, order and dropout"
+        default=0, ge=0, lt=MAX_SEED, description="Of initialisation, order and dropout"
     )
 
     @model_validator(mode="after")

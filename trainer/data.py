@@ -69,13 +69,14 @@ def read_examples(path: Path, fields: Fields = Fields()) -> list[Example]:
     JSONL: an object a line, with `prompt` and `completion`, or with `messages` whose last is the answer. CSV: a
     header line, and columns of the names in `fields`.
     """
-    if path.suffix not in _JSONL and path.suffix not in _CSV_DELIMITERS:
+    ending = path.suffix.lower()
+    if ending not in _JSONL and ending not in _CSV_DELIMITERS:
         known = ", ".join((*_JSONL, *_CSV_DELIMITERS))
         raise BadData(f"{path}: expected a file that ends in {known}")
     examples, faults = [], []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = _json_rows(file) if path.suffix in _JSONL else _csv_rows(path, file, fields)
+            rows = _json_rows(file) if ending in _JSONL else _csv_rows(path, file, fields)
             for line, row in rows:
                 try:
                     examples.append(_example(row, line, fields))
@@ -83,10 +84,8 @@ def read_examples(path: Path, fields: Fields = Fields()) -> list[Example]:
                     faults.append(f"line {line}: {fault}")
     except OSError as error:
         raise BadData(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadData(f"{path}: expected UTF-8; {error}") from None
-    except csv.Error as error:
-        raise BadData(f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        raise BadData(f"{path}: {_where_not_utf_8(path)}") from None
     if faults:
         raise BadData(_report(path, faults))
     if not examples:
@@ -150,17 +149,38 @@ def _json_rows(file: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(path: Path, file: Any, fields: Fields) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(file, delimiter=_CSV_DELIMITERS[path.suffix], strict=True)
-    columns = reader.fieldnames or []
-    for name in (fields.prompt, fields.completion):
-        if name not in columns:
-            raise BadData(
-                f"{path}: no column {name!r}; its header line has {', '.join(map(repr, columns))}"
-            )
-    line = reader.line_num + 1
-    for row in reader:
-        yield line, row
+    """Rows as dictionaries, with their first lines; what has no column stands under None."""
+    reader = csv.DictReader(file, delimiter=_CSV_DELIMITERS[path.suffix.lower()], strict=True)
+    line = 1
+    try:
+        _check_columns(path, reader.fieldnames or [], fields)
         line = reader.line_num + 1
+        for row in reader:
+            yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise BadData(f"{path}: line {line}: {error}") from None
+
+
+def _check_columns(path: Path, columns: Sequence[str], fields: Fields) -> None:
+    for name in (fields.prompt, fields.completion):
+        count = columns.count(name)
+        if count == 0:
+            has = ", ".join(map(repr, columns)) or "nothing"
+            raise BadData(f"{path}: no column {name!r}; its header line has {has}")
+        if count > 1:
+            raise BadData(f"{path}: {count} columns {name!r}; expected one, to know which is meant")
+
+
+def _where_not_utf_8(path: Path) -> str:
+    """The first line that is not UTF-8. The decoder's own place counts from the start of a buffer."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number}: expected UTF-8, got byte 0x{line[error.start]:02x}"
+    return "expected UTF-8"
 
 
 def _example(row: Any, line: int, fields: Fields) -> Example:
@@ -169,8 +189,15 @@ def _example(row: Any, line: int, fields: Fields) -> Example:
             row = json.loads(row)
         except ValueError as error:
             raise _BadLine(f"not JSON: {error}") from None
+        except RecursionError:
+            raise _BadLine("not JSON: nested too deeply") from None
         if not isinstance(row, dict):
             raise _BadLine("expected a JSON object")
+    elif any(beyond := row.get(None, ())):
+        num_columns = len(row) - 1 + len(beyond)
+        raise _BadLine(
+            f"{num_columns} columns, but the header line has {len(row) - 1}: a text with the delimiter needs quotes"
+        )
     if "messages" in row and fields.prompt not in row:
         *turns, answer = _messages(row["messages"])
         return Example(tuple(turns), answer.content, line)
@@ -180,8 +207,18 @@ def _example(row: Any, line: int, fields: Fields) -> Example:
         if not isinstance(text, str) or not text.strip():
             came = "nothing" if text is None else "an empty text" if text == "" else repr(text)[:60]
             raise _BadLine(f"{name}: expected a text that is not empty, got {came}")
-        texts.append(text)
+        texts.append(_encodable(name, text))
     return Example(texts[0], texts[1], line)
+
+
+def _encodable(what: str, text: str) -> str:
+    """`text`, unless JSON's escapes made it one that is in no encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise _BadLine(f"{what}: expected text, got half of a surrogate pair ({half})") from None
+    return text
 
 
 def _messages(value: Any) -> list[Message]:
@@ -196,7 +233,7 @@ def _messages(value: Any) -> list[Message]:
             raise _BadLine(
                 f"message {place}: expected a role ({', '.join(_ROLES)}) and a text as content"
             )
-        turns.append(Message(role, content))
+        turns.append(Message(role, _encodable(f"message {place}", content)))
     if turns[-1].role != "assistant" or not turns[-1].content.strip():
         raise _BadLine("messages: the last must be the assistant's, and not empty")
     return turns
@@ -205,4 +242,6 @@ def _messages(value: Any) -> list[Message]:
 def _report(path: Path, faults: list[str]) -> str:
     shown = "\n".join(faults[:_MAX_SHOWN])
     more = len(faults) - _MAX_SHOWN
-    return f"{path}: {len(faults)} bad lines\n{shown}" + (f"\nand {more} more" if more > 0 else "")
+    return f"{path}: {len(faults)} bad line{'s' * (len(faults) > 1)}\n{shown}" + (
+        f"\nand {more} more" if more > 0 else ""
+    )

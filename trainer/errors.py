@@ -5,6 +5,7 @@ TrainerError
  |-- BadData             the examples can not be used; names the lines
  |-- RunExists           the output folder holds a run already, or is not empty
  |-- CannotResume        there is nothing to go on from, or it belongs to other data or another base
+ |-- NotEnoughMemory     a run does not fit into the device's or the host's memory; names the settings that need less
  |-- Diverged            the loss or a gradient is no longer a number; the last checkpoint is intact
  `-- RunFolderFailed     the file system refused a write (a full disk); the last checkpoint is intact
 """
@@ -36,6 +37,10 @@ class CannotResume(TrainerError):
 
 class Diverged(TrainerError):
     """Loss or gradients are no longer finite."""
+
+
+class NotEnoughMemory(TrainerError):
+    """A run needs more memory than there is."""
 
 
 class RunFolderFailed(TrainerError):

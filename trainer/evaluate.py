@@ -15,6 +15,7 @@ from prefix_store.artifact import Prefix
 from prefix_store.spec import GenerationDefaults
 from server.engine.tokenizer import Tokenizer
 from server.types import FinishReason, SamplingParams
+from trainer.blind_spots import about_references
 from trainer.encoding import EncodedExample, with_text
 from trainer.engine_in_process import Completion, EngineInProcess, Progress, Prompt
 from trainer.errors import BadData
@@ -34,7 +35,6 @@ from trainer.standard_error import Score, Value, difference, score
 
 DEFAULT_METRICS: Final = ("exact_match", "token_f1")
 _SPARE_TOKENS: Final = 8  # beyond the longest right answer, so that going on after it shows
-_WORDS_FOR_BLEU: Final = 4
 _LIKELIHOODS: Final[dict[str, Value]] = {LOSS: loss, PERPLEXITY: perplexity}
 
 
@@ -92,7 +92,11 @@ def evaluate(
         },
         gains={name: _gains(rows[PREFIX], rows[name]) for name in rows if name != PREFIX},
         forgetting=forgetting,
-        notes=(*note, *why_not, *_about_bleu(rows[PREFIX].get("bleu", []))),
+        notes=(
+            *note,
+            *why_not,
+            *about_references(settings.metrics, [e.reference for e in examples]),
+        ),
     )
 
 
@@ -250,13 +254,6 @@ def _gains(rows: dict[str, Rows], baseline: dict[str, Rows]) -> dict[str, Score]
 
 def _value(name: str) -> Value:
     return _LIKELIHOODS[name] if name in _LIKELIHOODS else METRICS[name].value
-
-
-def _about_bleu(rows: Rows) -> tuple[str, ...]:
-    """BLEU counts runs of four words; where no reference has four, it says nothing."""
-    if not rows or max(row[-1] for row in rows) >= _WORDS_FOR_BLEU:
-        return ()
-    return ("bleu is 0 whatever is said: no reference has four words; take another metric",)
 
 
 def _num_cut(completions: Sequence[Completion]) -> int:

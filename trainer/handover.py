@@ -13,11 +13,12 @@ import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from rich.table import Table
 
 from server.cli_client import CommandFailed, call, server_address, task_path
+from trainer.blind_spots import require_sight
 from trainer.encoding import EncodedExample
 from trainer.engine_in_process import Progress
 from trainer.errors import BadData
@@ -30,6 +31,9 @@ from trainer.served_completions import (
     model_len_behind,
 )
 from trainer.standard_error import Score, difference, score
+
+if TYPE_CHECKING:
+    import httpx2
 
 PROMOTED: Final = 0
 NOT_PROMOTED: Final = 3
@@ -96,11 +100,13 @@ def hand_over(
 ) -> HandOver:
     """Uploads, judges, and promotes if `rule` holds. `metrics`: more to show beside the rule's own.
 
-    Raises `CommandFailed` when the server refuses or can not be reached, `BadData` without examples. The upload
-    stays as a stored version whatever comes of it.
+    Raises `CommandFailed` when the server refuses or can not be reached; before anything is sent `BadData` without
+    examples, and `BadSetting` for a rule whose metric can not judge them. The upload stays as a stored version
+    whatever comes of it.
     """
     if not examples:
         raise BadData("no held-out examples: there is nothing to judge the new version by")
+    require_sight(rule.metric, [example.reference for example in examples], "--promote-if")
     candidate = _upload(server, artifact, task)
     live = _live_version(server, task)
     shown = list(dict.fromkeys([rule.metric, *metrics]))
@@ -123,6 +129,14 @@ def hand_over(
     )
 
 
+def require_reachable(server: ServerAccess, task: str) -> None:
+    """Raises `CommandFailed` if no prefix could be handed over now: no key, a wrong one, no server, no such name.
+
+    Changes nothing there. For whoever is about to train for hours first.
+    """
+    _live_version(server, task)
+
+
 def _upload(server: ServerAccess, artifact: bytes, task: str) -> ServedVersion:
     """The bytes as a version that is stored and not live. The same bytes are the version that they were."""
     sha = base64.b64encode(hashlib.sha256(artifact).digest()).decode()
@@ -136,22 +150,29 @@ def _upload(server: ServerAccess, artifact: bytes, task: str) -> ServedVersion:
             "content-digest": f"sha-256=:{sha}:",
             "content-type": "application/octet-stream",
         },
-    ).json()
+    )
     return _version(answer)
 
 
 def _live_version(server: ServerAccess, task: str) -> ServedVersion | None:
     path = task_path(task, "/aliases/live")
     try:
-        return _version(call("GET", path, server.url, server.admin_key).json())
+        return _version(call("GET", path, server.url, server.admin_key))
     except CommandFailed as failed:
         if failed.status == _NOT_FOUND:
             return None
         raise
 
 
-def _version(answer: dict[str, Any]) -> ServedVersion:
-    return ServedVersion(answer["task"], answer["version"], answer["digest"])
+def _version(response: httpx2.Response) -> ServedVersion:
+    """Raises `CommandFailed` for the answer of something that is no prefixd, such as a proxy's page."""
+    try:
+        answer = response.json()
+        return ServedVersion(answer["task"], answer["version"], answer["digest"])
+    except (ValueError, KeyError, TypeError):
+        raise CommandFailed(
+            f"{response.url}: expected an answer of prefixd, got {response.text[:100]!r}"
+        ) from None
 
 
 def _limits(

@@ -16,6 +16,7 @@ from trainer.html_page import ResultTable
 from trainer.run_folder import write_durably
 
 EVALUATION: Final = "evaluation.json"
+_UNITS: Final = "scores in percent, loss in nats a token; ± is one standard error over the examples"
 _SHOWN: Final = {PREFIX: "prefix", NO_PREFIX: "no prefix", TEXT_PROMPT: "text prompt"}
 
 
@@ -41,9 +42,10 @@ def _table(found: Mapping[str, Any]) -> ResultTable:
         for metric in conditions[PREFIX]["scores"]
     ]
     title = f"{found['num_examples']} held-out examples, P = {found['num_virtual_tokens']}, greedy"
-    notes = list(found["notes"])
+    notes = [_UNITS]
     if found["text_prompt"]:
-        notes.insert(0, f"text prompt: {found['text_prompt']}")
+        notes.append(f"text prompt: {found['text_prompt']}")
+    notes += found["notes"]
     if found["forgetting"]:
         notes.append(_forgetting(found["forgetting"]))
     return ResultTable(

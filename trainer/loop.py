@@ -142,6 +142,7 @@ class Loop:
         """One update of the parameters. On a loss that is no number the parameters stay as they were."""
         started = time.monotonic()
         rate = self._schedule.learning_rate(self.progress.step)
+        self._require_in_range(rate)
         done, norm = self._gradient()
         if not (math.isfinite(done.mean) and math.isfinite(norm)):
             raise Diverged(self._divergence(done.mean, norm, rate))
@@ -182,6 +183,18 @@ class Loop:
             group["lr"] = rate
         self._optimizer.step()
 
+    def _require_in_range(self, rate: float) -> None:
+        """torch takes the step's factors as float32 and has no named error for more than that holds."""
+        factors = (
+            rate / (1.0 - ADAM_BETAS[0] ** (self.progress.step + 1)),
+            rate * self.config.weight_decay,
+        )
+        if max(factors) > torch.finfo(torch.float32).max:
+            raise Diverged(
+                f"step {self.progress.step + 1}: the learning rate {rate:.2g}, or that times the weight decay, is more than "
+                f"float32 can hold; {self._intact()}. Try a lower --learning-rate or --weight-decay"
+            )
+
     @property
     def _rows(self) -> int:
         """Examples of one forward pass."""
@@ -190,9 +203,12 @@ class Loop:
     def _divergence(self, loss: float, norm: float, rate: float) -> str:
         return (
             f"step {self.progress.step + 1}: the loss is {loss} and the gradient norm {norm} at learning rate "
-            f"{rate:.2g}; the prefix of step {self.progress.best_step} and the last checkpoint are intact. "
+            f"{rate:.2g}; {self._intact()}. "
             "Try a lower --learning-rate, a longer --warmup-fraction, or --dtype float32"
         )
+
+    def _intact(self) -> str:
+        return f"the prefix of step {self.progress.best_step} and the last checkpoint are intact"
 
     # ---- evaluation ----------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ Record: TypeAlias = Mapping[str, Any]
 """Any line of the log. Kinds and fields that a reader does not know are passed over, not refused."""
 
 LOSS_OTHER_PROMPT: Final = "loss_other_prompt"
+_WITH_STEP: Final = frozenset({"step", "held_out", "prefix"})
 NOT_METRICS: Final = frozenset({"kind", "step", "loss", "seconds", LOSS_OTHER_PROMPT})
 
 
@@ -136,4 +137,17 @@ def _record(path: Path, number: int, line: bytes) -> Record:
         raise MalformedLog(f"{path}, line {number}: expected a JSON object; {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
         raise MalformedLog(f"{path}, line {number}: expected an object with a `kind`")
+    _require_fields(path, number, found)
     return found
+
+
+def _require_fields(path: Path, number: int, record: Record) -> None:
+    """What every reader takes for granted; all else may be missing. `type`, because True is an int too."""
+    kind = record["kind"]
+    if kind in _WITH_STEP and type(record.get("step")) is not int:
+        missing = "a whole number as `step`"
+    elif kind == "end" and not isinstance(record.get("reason"), str):
+        missing = "a text as `reason`"
+    else:
+        return
+    raise MalformedLog(f"{path}, line {number}: expected {missing} in a record of kind {kind!r}")

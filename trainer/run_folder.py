@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from trainer.errors import CannotResume, RunExists, RunFolderFailed
 from trainer.finite_json import finite
 from trainer.records import Record
 
+_NO_LOCKS: Final = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _INTACT: Final = "the last checkpoint and the best prefix so far are intact"
 
@@ -56,24 +58,55 @@ class RunFolder:
         folder = cls(path)
         with _translated(path):
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                again = f"; prefixd train --resume {path} goes on with it"
-                raise RunExists(
-                    f"{path} is not empty: choose another --output"
-                    + (again if folder.checkpoint.exists() else "")
-                )
+            folder.require_free()
             folder.checkpoint.parent.mkdir()
         folder.write(folder.config, (json.dumps(config, indent=2) + "\n").encode())
         return folder
 
+    def require_free(self) -> None:
+        """Raises `RunExists` if the folder holds anything, and says what can be done with it."""
+        with _translated(self.path):
+            if not self.path.is_dir() or not any(self.path.iterdir()):
+                return
+        if self.checkpoint.exists():
+            what = f"prefixd train --resume {self.path} goes on with it"
+        elif self.config.exists():
+            what = "it holds a run that ended before its first checkpoint; remove it if nobody needs it"
+        else:
+            what = "nothing in it is touched"
+        raise RunExists(f"{self.path} is not empty: choose another --output; {what}")
+
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
-        """A run to go on with. Cuts a torn last line off its log. Raises `CannotResume`."""
+        """A run to go on with. Raises `CannotResume`."""
         folder = cls(path)
         if not folder.checkpoint.is_file():
             raise CannotResume(f"{path} holds no checkpoint to go on from")
-        folder.mend_log()
         return folder
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The folder is this process's alone until the block ends, or the process. Raises `RunExists`.
+
+        The lock is on the directory itself, so that nothing has to be cleared away after a crash.
+        """
+        with _translated(self.path):
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunExists(
+                    f"{self.path} is in use by another process: wait until it ends, or stop it first"
+                ) from None
+            except OSError as error:
+                if (
+                    error.errno not in _NO_LOCKS
+                ):  # some network file systems: then it is up to the user
+                    raise RunFolderFailed(f"{self.path}: {error.strerror}") from error
+            yield
+        finally:
+            os.close(fd)
 
     def mend_log(self) -> None:
         """Cuts off what a killed run left of its last line."""
@@ -86,6 +119,8 @@ class RunFolder:
             found: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CannotResume(f"{self.config}: {error}") from None
+        if not isinstance(found, dict):
+            raise CannotResume(f"{self.config}: expected a JSON object with the run's settings")
         return found
 
     def on_record(self, record: Record) -> None:

@@ -6,6 +6,7 @@ ids, so that both versions are asked exactly the same, and greedily. The stop st
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ MAX_CONCURRENT: Final = 16
 _BUSY: Final = 503
 _NUM_TRIES: Final = 8
 _LONGEST_WAIT_SECONDS: Final = 5.0
+_SECONDS: Final = re.compile(r"\d{1,6}(\.\d{1,6})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +62,17 @@ def complete_through_server(
             "temperature": 0.0,
         }
         answer = _ask(client, body)
-        got = answer["prefixd"]["digest"]
+        try:
+            text, got = str(answer["choices"][0]["text"]), answer["prefixd"]["digest"]
+        except (KeyError, IndexError, TypeError):
+            raise _no_prefixd(base_url, answer) from None
         if got != version.digest:
             raise CommandFailed(
                 f"{version.ref}: expected an answer of {version.digest}, got one of {got}: "
                 "the task was deleted and uploaded anew meanwhile"
             )
         on_done()
-        return str(answer["choices"][0]["text"])
+        return text
 
     with httpx2.Client(base_url=base_url, headers=headers, timeout=TIMEOUT_SECONDS) as client:
         workers = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="complete")
@@ -91,7 +96,7 @@ def model_len_behind(base_url: str, headers: dict[str, str], version: ServedVers
     return int(response.json()["max_model_len"])
 
 
-def _ask(client: httpx2.Client, body: dict[str, Any]) -> dict[str, Any]:
+def _ask(client: httpx2.Client, body: dict[str, Any]) -> Any:
     """The answer; a server that is busy is asked again, when it said."""
     import httpx2
 
@@ -102,11 +107,23 @@ def _ask(client: httpx2.Client, body: dict[str, Any]) -> dict[str, Any]:
             raise CommandFailed(f"can not reach {client.base_url}: {error}") from None
         if response.status_code != _BUSY or attempt == _NUM_TRIES - 1:
             break
-        time.sleep(min(float(response.headers.get("retry-after", 1)), _LONGEST_WAIT_SECONDS))
+        time.sleep(_wait_seconds(response.headers.get("retry-after", "")))
     if not response.is_success:
         raise CommandFailed(f"{body['model']}: {_reason(response)}", status=response.status_code)
-    answer: dict[str, Any] = response.json()
-    return answer
+    try:
+        return response.json()
+    except ValueError:
+        raise _no_prefixd(str(client.base_url), response.text) from None
+
+
+def _wait_seconds(asked: str) -> float:
+    """What the server asked for, as far as it is a number (HTTP has dates there too), and not for long."""
+    seconds = float(asked) if _SECONDS.fullmatch(asked) else 1.0
+    return min(seconds, _LONGEST_WAIT_SECONDS)
+
+
+def _no_prefixd(base_url: str, answer: object) -> CommandFailed:
+    return CommandFailed(f"{base_url}: expected an answer of prefixd, got {str(answer)[:100]!r}")
 
 
 def _reason(response: httpx2.Response) -> str:

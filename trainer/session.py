@@ -17,6 +17,7 @@ from pydantic import JsonValue
 
 from server import __version__
 from trainer.base import FrozenBase, load_base
+from trainer.blind_spots import require_sight
 from trainer.checkpoint import Checkpoint, Origin, Progress, load_checkpoint
 from trainer.config import RunSettings, TrainConfig
 from trainer.data import Example, Fields, digest_of_file, num_shared_prompts, read_examples, split
@@ -33,6 +34,7 @@ from trainer.held_out_loss import mean_loss
 from trainer.initial import InitialPrefix, initial_prefix, num_virtual_tokens
 from trainer.loop import HeldOutMetrics, Hooks, Loop
 from trainer.loss import Objective, next_token_loss
+from trainer.memory_shortage import memory_shortage_named
 from trainer.prefix_cache import KeyValues
 from trainer.prefix_encoder import build_encoder
 from trainer.records import Observer
@@ -96,9 +98,11 @@ def train(
     `material`: what `gather` gave for the same data and base, where several runs share it.
     """
     config = absolute(config)
+    RunFolder(config.output).require_free()  # before a base is loaded for minutes
     material = material or gather(config)
     folder = RunFolder.create(config.output, config.model_dump(mode="json"))
-    return run(config, material, folder, None, attachments)
+    with folder.in_use():
+        return run(config, material, folder, None, attachments)
 
 
 def resume(
@@ -108,9 +112,11 @@ def resume(
 ) -> TrainResult:
     """Goes on with the run in `path` from its last checkpoint. Raises `CannotResume` if what it was begun with changed."""
     folder = RunFolder.reopen(path)
-    config = TrainConfig(**folder.read_config()).model_copy(update={"output": path})
-    material = material or gather(config)
-    return run(config, material, folder, folder.checkpoint, attachments)
+    with folder.in_use():
+        folder.mend_log()
+        config = TrainConfig(**folder.read_config()).model_copy(update={"output": path})
+        material = material or gather(config)
+        return run(config, material, folder, folder.checkpoint, attachments)
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
@@ -126,6 +132,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
 def gather(config: TrainConfig, base: FrozenBase | None = None) -> Material:
     """Reads data and base, unless `open_base` gave that before. Raises `BadData`, `BadSetting` or `ModelRefused`."""
     training, held_out = _examples(config)
+    require_sight(config.select_by, [example.completion for example in held_out], "select_by")
     base = base or open_base(config)
     encoder = ExampleEncoder(base.tokenizer, encoding_settings(config, base))
     encoded, notices = encoder.encode(training)
@@ -185,7 +192,20 @@ def run(
     checkpoint_file: Path | None,
     attachments: Attachments,
 ) -> TrainResult:
-    """Trains on what was gathered, from the checkpoint if there is one. Raises `CannotResume` if it is of another run."""
+    """Trains on what was gathered, from the checkpoint if there is one. Raises `CannotResume` if it is of another run,
+    and what the loop raises.
+    """
+    with memory_shortage_named():
+        return _run(config, material, folder, checkpoint_file, attachments)
+
+
+def _run(
+    config: TrainConfig,
+    material: Material,
+    folder: RunFolder,
+    checkpoint_file: Path | None,
+    attachments: Attachments,
+) -> TrainResult:
     base, origin = material.base, origin_of(config, material.base)
     checkpoint: Checkpoint | None = None
     if checkpoint_file is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from prefix_store.artifact import decode, digest_of
 from tests.trainer.command_line import flags_of, run_apart, run_here, stopped
 from tests.trainer.runs import small_run, write_examples
+from trainer.cli_train import StopRequest
 from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("own_signals")
@@ -89,6 +91,28 @@ def test_bad_data_ends_with_its_lines_and_no_run_folder(
     assert run(*flags) == 1
     assert "line 4: prompt: expected a text" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_asks_a_run_to_stop_is_told_that_it_will(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A step may take half a minute; who sees nothing asks again, and the second one does not wait."""
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        assert signal.getsignal(number) is signal.SIG_DFL
+
+    assert "stopping after the step under way" in capfd.readouterr().err
+
+
+def test_ctrl_c_is_not_swallowed_once_the_run_is_over() -> None:
+    """Judging a prefix may take longer than training it did."""
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGINT) is not before
+
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_help_appears_without_the_heavy_libraries() -> None:

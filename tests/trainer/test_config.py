@@ -26,6 +26,11 @@ def config(**settings: Any) -> TrainConfig:
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"encoder": "lora"}, "encoder: .*'direct', 'mlp' or 'soft'"),
         ({"speed": 3}, "speed"),
+        ({"num_epochs": 1e308}, "num_epochs"),  # times the steps of an epoch it was infinite
+        ({"mlp_hidden_size": 10**12}, "mlp_hidden_size"),
+        ({"mlp_embedding_size": 10**12}, "mlp_embedding_size"),
+        ({"separator": "\udcff"}, "separator"),  # a byte of the command line that is no UTF-8
+        ({"seed": 2**53}, "seed"),  # what a manifest's integers end at
     ],
 )
 def test_settings_that_can_not_work_are_named(settings: dict[str, Any], told: str) -> None:

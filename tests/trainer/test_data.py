@@ -115,6 +115,83 @@ def test_a_file_that_is_not_there_or_not_utf_8_is_refused(tmp_path: Path) -> Non
         read_examples(tmp_path / "b.jsonl")
 
 
+GOOD_LINE = '{"prompt": "a", "completion": "b"}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "\\ud800", "completion": "b"}',
+        '{"prompt": "a", "completion": "b\\udfff"}',
+        '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_a_bad_line_because_no_tokenizer_takes_it(
+    tmp_path: Path, line: str
+) -> None:
+    with pytest.raises(BadData, match=r"line 2: .*surrogate"):
+        read_examples(write(tmp_path / "a.jsonl", f"{GOOD_LINE}\n{line}\n"))
+
+
+def test_json_that_is_nested_without_end_is_a_bad_line(tmp_path: Path) -> None:
+    deep = '{"prompt": "a", "completion": "b", "more": ' + "[" * 100_000
+
+    with pytest.raises(BadData, match=r"line 2: not JSON: nested too deeply"):
+        read_examples(write(tmp_path / "a.jsonl", f"{GOOD_LINE}\n{deep}\n"))
+
+
+def test_a_row_with_a_comma_that_is_not_quoted_is_refused_and_not_cut(tmp_path: Path) -> None:
+    """`hello, world,positive` would be learned as ' world' behind 'hello'."""
+    text = "prompt,completion\nbye,negative\nhello, world,positive\n"
+
+    with pytest.raises(BadData, match="line 3: 3 columns, but the header line has 2"):
+        read_examples(write(tmp_path / "a.csv", text))
+
+
+def test_a_comma_at_the_end_of_a_row_is_no_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "prompt,completion\na,b,\nc,d,,\n")
+
+    assert read_examples(path) == [Example("a", "b", 2), Example("c", "d", 3)]
+
+
+def test_two_columns_of_the_same_name_are_refused_if_it_is_one_that_is_read(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="2 columns 'completion'"):
+        read_examples(write(tmp_path / "a.csv", "prompt,completion,completion\na,b,c\n"))
+
+    path = write(tmp_path / "b.csv", "prompt,note,note,completion\na,x,y,b\n")
+    assert read_examples(path) == [Example("a", "b", 2)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ('a,b\n"c,d\n', "line 3: .*end of data"),
+        ('a,b\n"c"c,d\n', "line 3: .*expected after"),
+        ("a,b\n" + "c" * 200_000 + ",d\n", "line 3: field larger"),
+    ],
+)
+def test_a_csv_that_can_not_be_read_says_in_which_line(
+    tmp_path: Path, rows: str, told: str
+) -> None:
+    with pytest.raises(BadData, match=told):
+        read_examples(write(tmp_path / "a.csv", f"prompt,completion\n{rows}"))
+
+
+def test_bytes_that_are_not_utf_8_are_found_by_their_line(tmp_path: Path) -> None:
+    """The decoder counts from the start of its own buffer, which says nothing to anyone."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\n" + b"abc,def\n" * 5_000 + b"caf\xe9,b\n")
+
+    with pytest.raises(BadData, match="line 5002: expected UTF-8, got byte 0xe9"):
+        read_examples(path)
+
+
+def test_an_ending_in_capitals_is_the_same_ending(tmp_path: Path) -> None:
+    assert read_examples(write(tmp_path / "A.CSV", "prompt,completion\na,b\n")) == [
+        Example("a", "b", 2)
+    ]
+
+
 def examples(prompts: list[str]) -> list[Example]:
     return [Example(prompt, "x", line) for line, prompt in enumerate(prompts, 1)]
 

@@ -17,7 +17,7 @@ from tests.trainer.demo_data import bundled, held_out, write_jsonl
 from trainer.__main__ import main
 from trainer.encoding import EncodedExample
 from trainer.engine_in_process import EngineInProcess, Prompt
-from trainer.errors import TrainerError
+from trainer.errors import BadSetting, TrainerError
 from trainer.evaluate import max_tokens_for
 from trainer.handover import NOT_PROMOTED, PROMOTED, HandOver, ServerAccess, hand_over
 from trainer.metrics import METRICS
@@ -213,13 +213,25 @@ def test_nothing_is_uploaded_without_examples(server: LiveServer, access: Server
         assert client.get("/admin/v1/tasks/unjudged", headers=ADMIN).status_code == 404
 
 
+def test_a_rule_whose_metric_can_not_judge_the_answers_promotes_nothing(
+    server: LiveServer, access: ServerAccess, demo_tokenizer: Tokenizer
+) -> None:
+    """BLEU is 0 for every right answer of one word, so `bleu >= live` would hold for anything."""
+    labels = held_out(demo_tokenizer, BAD, NUM_EXAMPLES)
+
+    with pytest.raises(BadSetting, match="--promote-if: bleu says nothing here: no reference"):
+        hand_over(access, bundled(BAD), "unseen", parse_rule("bleu >= live"), labels)
+    with server.client() as client:
+        assert client.get("/admin/v1/tasks/unseen", headers=ADMIN).status_code == 404
+
+
 @pytest.mark.parametrize(
     ("task", "rule", "code", "said"),
     [
         ("left", "exact_match >= live", NOT_PROMOTED, "left@v1 not promoted: task 'left' has no"),
         ("taken", "exact_match >= 90", 0, "taken@v1 promoted: exact_match"),
         ("misread", "exactly", 2, "expected a metric"),
-        ("No Task", "bleu >= 0", 1, "task name"),
+        ("No Task", "exact_match >= 0", 1, "task name"),
     ],
 )
 def test_the_command_says_what_came_of_it(

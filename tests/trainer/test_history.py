@@ -94,6 +94,25 @@ def test_a_line_that_is_no_record_is_refused_with_its_number(tmp_path: Path, lin
         read_records(log)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "step"}',
+        '{"kind": "step", "step": "a", "loss": 1}',
+        '{"kind": "held_out", "step": true}',
+        '{"kind": "prefix", "step": null}',
+        '{"kind": "end"}',
+        '{"kind": "end", "reason": 3}',
+    ],
+)
+def test_a_record_without_what_all_readers_need_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"kind": "later", "unknown": 1}}\n{line}\n')
+
+    with pytest.raises(MalformedLog, match=r"line 2: expected .* in a record of kind"):
+        read_records(path)
+
+
 def test_a_log_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(MalformedLog, match=r"none\.jsonl: No such file"):
         read_records(tmp_path / "none.jsonl")

@@ -53,6 +53,7 @@ def test_a_run_ends_with_an_evaluation_beside_the_baselines(
     page = (tmp_path / "run" / "report.html").read_text()
     [table] = result_tables(tmp_path / "run")
     assert table.title in page
+    assert "scores in percent, loss in nats a token; ± is one standard error" in page
     assert [row[0] for row in table.rows] == ["exact_match", "loss", "perplexity"]
 
 
@@ -76,6 +77,9 @@ def test_a_run_can_be_selected_by_what_its_prefix_generates(data: Path, tmp_path
     assert '"token_f1"' in log
 
 
+PUSH = ["--push", "http://127.0.0.1:1", "--promote-if", "exact_match >= 3"]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -83,6 +87,10 @@ def test_a_run_can_be_selected_by_what_its_prefix_generates(data: Path, tmp_path
         (["--promote-if", "bleu >= 3"], "--push and --promote-if together"),
         (["--push", "http://127.0.0.1:1", "--promote-if", "better"], "better"),
         (["--metric", "beauty"], "beauty"),
+        (["--evaluate", "-1"], "--evaluate: expected 0 or more"),
+        ([*PUSH, "--task", "No Task", "--admin-key", "k"], "task name"),
+        (PUSH, "no admin key"),
+        ([*PUSH, "--task", "t", "--admin-key", "k"], "can not reach http://127.0.0.1:1"),
     ],
 )
 def test_what_can_not_follow_a_run_is_refused_before_it(

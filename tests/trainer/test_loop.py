@@ -18,7 +18,7 @@ from tests.trainer.runs import Recorder, artifact_tensors, small_run
 from trainer.batches import Batch
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
-from trainer.errors import BadSetting, Diverged, RunFolderFailed
+from trainer.errors import BadSetting, Diverged, NotEnoughMemory, RunFolderFailed
 from trainer.loss import next_token_loss
 from trainer.prefix_cache import KeyValues
 from trainer.records import read_records
@@ -108,8 +108,8 @@ def test_early_stopping_on_the_loss_keeps_the_step_with_the_lowest(tmp_path: Pat
 
 
 def test_selecting_by_a_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadSetting, match=r"select_by: 'bleu'.*expected one of loss"):
-        train(small_run(tmp_path, select_by="bleu"))
+    with pytest.raises(BadSetting, match=r"select_by: 'accuracy'.*expected one of loss"):
+        train(small_run(tmp_path, select_by="accuracy"))
 
 
 class _NanAtStep:
@@ -143,6 +143,50 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_change(tmp_path:
     assert "step 7: the loss is nan" in str(caught.value)
     assert "--learning-rate" in str(caught.value)
     require_intact(config, step=4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 1e38, "warmup_fraction": 0.0},
+        {"learning_rate": 1e30, "weight_decay": 1e30},
+        {"learning_rate": 1e300},
+    ],
+)
+def test_a_rate_that_float32_can_not_hold_ends_the_run_as_any_divergence_does(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """torch's own words were "value cannot be converted to type float without overflow"."""
+    config = small_run(tmp_path, **settings)
+
+    with pytest.raises(Diverged, match=r"step 1: .*more than float32 can hold.*--learning-rate"):
+        train(config)
+    require_intact(config, step=0)
+
+
+def test_want_of_memory_is_named_with_the_settings_that_need_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run(tmp_path)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("trainer.loop.add_gradients", no_memory)
+    with pytest.raises(NotEnoughMemory, match=r"(?s)Tried to allocate .*--micro-batch-size"):
+        train(config)
+    require_intact(config, step=0)
+
+
+def test_torch_saying_that_the_host_has_no_memory_left_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr("trainer.loop.add_gradients", too_much)
+    with pytest.raises(NotEnoughMemory, match="--micro-batch-size"):
+        train(small_run(tmp_path))
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.runs import Recorder, small_run, write_examples
-from trainer.errors import CannotResume, RunExists
+from trainer.errors import BadSetting, CannotResume, RunExists
 from trainer.records import read_records
 from trainer.run_folder import RunFolder
 from trainer.session import Attachments, resume, train
@@ -114,6 +115,42 @@ def test_a_run_does_not_begin_in_a_folder_that_holds_another(tmp_path: Path) -> 
         train(config)
 
 
+def test_a_folder_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    """A base takes minutes to load; the folder can be looked at first."""
+    train(small_run(tmp_path))
+
+    with pytest.raises(RunExists, match="--resume"):
+        train(small_run(tmp_path, data=tmp_path / "nowhere.jsonl", model="no/such-model"))
+
+
+def test_what_is_left_of_a_run_without_a_checkpoint_is_named_as_such(tmp_path: Path) -> None:
+    config = small_run(tmp_path)
+    train(config)
+    RunFolder(config.output).checkpoint.unlink()
+
+    with pytest.raises(RunExists, match=r"ended before its first checkpoint.*remove it"):
+        train(config)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    """They would write one log and one checkpoint between them."""
+    told: list[str] = []
+
+    def second() -> bool:
+        with pytest.raises(RunExists, match="not empty"):
+            train(small_run(tmp_path))
+        with pytest.raises(RunExists) as caught:
+            resume(tmp_path / "run")
+        told.append(str(caught.value))
+        return True
+
+    first = train(small_run(tmp_path), Attachments(should_stop=second))
+
+    assert (first.reason, first.num_steps) == ("interrupted", 1)
+    assert "run is in use by another process" in told[0]
+    assert resume(tmp_path / "run").reason == "finished"
+
+
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     recorder = Recorder()
     train(small_run(tmp_path), stop_after(recorder, 2))
@@ -135,4 +172,41 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
 
     with pytest.raises(CannotResume, match="is no checkpoint"):
+        resume(tmp_path / "run")
+
+
+def test_one_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    """The resumed run would end with other bytes, and nobody would know."""
+    train(small_run(tmp_path), stop_after(Recorder(), 2))
+    checkpoint = RunFolder(tmp_path / "run").checkpoint
+    whole = checkpoint.read_bytes()
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+
+    for place in (whole.index(b"step") + 8, header_end + 5, len(whole) - 3):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        checkpoint.write_bytes(broken)
+        with pytest.raises(CannotResume, match="is no checkpoint"):
+            resume(tmp_path / "run")
+
+    checkpoint.write_bytes(whole)
+    assert resume(tmp_path / "run").reason == "finished"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b'"x"', b'{"data": "d", "colour": 1}'])
+def test_settings_that_are_none_are_refused(tmp_path: Path, content: bytes) -> None:
+    train(small_run(tmp_path), stop_after(Recorder(), 2))
+    RunFolder(tmp_path / "run").config.write_bytes(content)
+
+    with pytest.raises((CannotResume, BadSetting)):
+        resume(tmp_path / "run")
+
+
+def test_a_checkpoint_without_what_the_encoder_needs_is_refused(tmp_path: Path) -> None:
+    train(small_run(tmp_path), stop_after(Recorder(), 2))
+    folder = RunFolder(tmp_path / "run")
+    settings = folder.read_config() | {"encoder": "mlp"}
+    folder.write(folder.config, json.dumps(settings).encode())
+
+    with pytest.raises(CannotResume, match="of another encoder"):
         resume(tmp_path / "run")

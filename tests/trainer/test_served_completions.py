@@ -111,6 +111,37 @@ def test_a_server_that_stays_busy_is_given_up_with_its_reason(serve: Serve) -> N
     assert caught.value.status == 503
 
 
+@pytest.mark.parametrize("wait", ["Wed, 21 Oct 2026 07:28:00 GMT", "-5", "nan", "inf", "soon", ""])
+def test_a_wait_that_is_no_number_of_seconds_is_a_short_one(serve: Serve, wait: str) -> None:
+    """HTTP has dates there too, and a proxy may put one."""
+    statuses = iter([503, 200])
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        if next(statuses) == 503:
+            return httpx2.Response(503, headers={"retry-after": wait})
+        return answer(request)
+
+    serve(handler)
+    assert complete(1) == ["0"]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        httpx2.Response(200, text="<html>It works!</html>"),
+        httpx2.Response(200, json=[]),
+        httpx2.Response(200, json={"choices": [{"text": "a"}]}),
+        httpx2.Response(200, json={"choices": [], "prefixd": {"digest": VERSION.digest}}),
+    ],
+)
+def test_a_server_that_is_no_prefixd_is_named_as_such(
+    serve: Serve, response: httpx2.Response
+) -> None:
+    serve(lambda _: response)
+    with pytest.raises(CommandFailed, match="http://server: expected an answer of prefixd"):
+        complete(1)
+
+
 def test_an_answer_of_other_bytes_is_no_answer(serve: Serve) -> None:
     serve(lambda request: answer(request, "sha256:" + "b" * 64))
     with pytest.raises(CommandFailed, match=r"task@v3: expected .*aaa, got one of .*bbb"):

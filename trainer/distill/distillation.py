@@ -102,6 +102,7 @@ def distill(
             f"{config.output} holds a run: choose another --output, or go on with it: "
             f"prefixd distill --resume {config.output}"
         )
+    RunFolder(config.output).require_free()  # before a base is loaded for minutes
     prepared = _prepare(config)
     folder = RunFolder.create(config.output, config.model_dump(mode="json"))
     try:
@@ -109,8 +110,9 @@ def distill(
     except OSError as error:
         raise RunFolderFailed(f"{folder.path / _STUDY}: {error.strerror}") from error
     text = json.dumps(prepared.record(), indent=2, ensure_ascii=False) + "\n"
-    folder.write(folder.path / _STUDY / _PLAN, text.encode())
-    return _run(prepared, folder, attachments, on_stage)
+    with folder.in_use():
+        folder.write(folder.path / _STUDY / _PLAN, text.encode())
+        return _run(prepared, folder, attachments, on_stage)
 
 
 def resume(
@@ -131,8 +133,9 @@ def resume(
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise CannotResume(f"since the run began, {', '.join(changed)} changed; begin a new run")
-    folder.mend_log()
-    return _run(prepared, folder, attachments, on_stage)
+    with folder.in_use():
+        folder.mend_log()
+        return _run(prepared, folder, attachments, on_stage)
 
 
 def _absolute(config: DistillConfig) -> DistillConfig:

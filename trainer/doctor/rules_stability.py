@@ -66,7 +66,7 @@ def loss_spikes(case: Case) -> Finding | None:
     return Finding(
         Failure.LOSS_SPIKES,
         Severity.WARNING,
-        f"The training loss jumped {len(spikes)} times; at step {steps[index]['step']} from "
+        f"The training loss jumped {len(spikes)} time{'s' * (len(spikes) > 1)}; at step {steps[index]['step']} from "
         f"{nats(before)} to {nats(peak)} nats a token.",
         "Lower the learning rate (a third), lengthen the warm-up, or clip gradients at a smaller norm.",
     )

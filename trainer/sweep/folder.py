@@ -70,6 +70,14 @@ def require_same_sweep(found: Found, configs: Sequence[SweepConfig], origin: Ori
         )
 
 
+def make_folder(path: Path) -> None:
+    """The sweep's folder, if it is not there yet. Raises `RunFolderFailed`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderFailed(f"{path} could not be made: {error.strerror}") from error
+
+
 def write_sweep(
     path: Path,
     configs: Sequence[SweepConfig],
@@ -90,10 +98,7 @@ def write_sweep(
         "pick": None if pick is None else _picked(pick),
     }
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderFailed(f"{path} could not be made: {error.strerror}") from error
+    make_folder(path)
     write_durably(path / SWEEP_FILE, f"{text}\n".encode())
 
 

@@ -19,6 +19,7 @@ from prefix_store.artifact import decode, digest_of
 from prefix_store.errors import PrefixStoreError
 from server.errors import PrefixdError
 from trainer import session
+from trainer.blind_spots import require_sight
 from trainer.checkpoint import load_checkpoint
 from trainer.conclusion import conclude
 from trainer.config import LOSS
@@ -32,7 +33,7 @@ from trainer.prefix_cache import KeyValues
 from trainer.records import Observer
 from trainer.run_folder import RunFolder
 from trainer.standard_error import Score, score
-from trainer.sweep.folder import Found, read_sweep, require_same_sweep, write_sweep
+from trainer.sweep.folder import Found, make_folder, read_sweep, require_same_sweep, write_sweep
 from trainer.sweep.pick import Outcome, Pick, Summary, pick, summarise
 from trainer.sweep.plan import Plan, PlannedRun, make_plan
 from trainer.sweep.report import write_report
@@ -89,8 +90,12 @@ def sweep(
     output = configs[0].output.absolute()
     found = read_sweep(output)
     plan = make_plan(configs, output)
+    references = [example.reference for example in plan.material.held_out]
+    require_sight(configs[0].pick_by, references, "pick_by")
     sweeping = _Sweep.of(configs, output, plan, found, display or Unseen(), should_stop)
-    return sweeping.run()
+    make_folder(output)
+    with RunFolder(output).in_use():
+        return sweeping.run()
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 from cyclopts import Group, Parameter
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config import LOSS, InitKind, RunSettings, TrainConfig
+from trainer.config import LOSS, MAX_SEED, InitKind, RunSettings, TrainConfig
 from trainer.errors import BadSetting
 from trainer.metrics import require_known
 
@@ -33,7 +33,7 @@ _SWEEP: Final = Group.create_ordered("Sweep")
 Length: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Rate: TypeAlias = Annotated[float, Field(gt=0)]
-Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=MAX_SEED)]
 
 _several: Final = Parameter(group=_VALUES, consume_multiple=True, negative=())
 
