@@ -161,7 +161,7 @@ def test_bytes_that_are_live_already_need_no_promotion(
 ) -> None:
     upload(server, "same", bundled(GOOD))
 
-    found = hand_over(access, bundled(GOOD), "same", parse_rule("bleu > live"), examples)
+    found = hand_over(access, bundled(GOOD), "same", parse_rule("token_f1 > live"), examples)
 
     assert found.exit_code == PROMOTED
     assert "live already" in found.reason
@@ -202,13 +202,13 @@ def test_a_prefix_that_does_not_fit_is_refused_and_nothing_is_judged(
     access: ServerAccess, examples: list[EncodedExample]
 ) -> None:
     with pytest.raises(CommandFailed) as caught:
-        hand_over(access, b"no artifact", "broken", parse_rule("bleu >= 0"), examples)
+        hand_over(access, b"no artifact", "broken", parse_rule("token_f1 >= 0"), examples)
     assert caught.value.status == 400
 
 
 def test_nothing_is_uploaded_without_examples(server: LiveServer, access: ServerAccess) -> None:
     with pytest.raises(TrainerError, match="no held-out examples"):
-        hand_over(access, bundled(GOOD), "unjudged", parse_rule("bleu >= 0"), [])
+        hand_over(access, bundled(GOOD), "unjudged", parse_rule("token_f1 >= 0"), [])
     with server.client() as client:
         assert client.get("/admin/v1/tasks/unjudged", headers=ADMIN).status_code == 404
 
@@ -262,6 +262,6 @@ def test_the_command_says_what_came_of_it(
 def test_a_table_without_a_live_version_has_no_column_for_it(
     access: ServerAccess, examples: list[EncodedExample]
 ) -> None:
-    rule = parse_rule("bleu >= live")
+    rule = parse_rule("token_f1 >= live")
     found: HandOver = hand_over(access, bundled(GOOD), "tabled", rule, examples)
     assert [column.header for column in found.as_table().columns] == ["metric", "tabled@v1"]
