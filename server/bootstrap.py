@@ -40,6 +40,7 @@ from server.model.baker import Baker
 from server.model.base_spec import base_spec
 from server.model.device import available_bytes, pick_device
 from server.model.loader import LoadedModel, load_model
+from server.model.merged_linear import merge_linears
 from server.model.prepacked_linear import prepack
 from server.model.prover import Prover
 from server.model.runner import ModelRunner
@@ -175,7 +176,8 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     )
     tokenizer = Tokenizer.load(source_id, revision=config.revision)
     base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
-    model = prepack(model)  # after the fingerprint of its weights, before its numbers are checked
+    # After the fingerprint of its weights, before its numbers are checked.
+    model = prepack(merge_linears(model))
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
     pool = plan_for(config, model)
     store = PrefixStore.open(

@@ -26,6 +26,7 @@ from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
 from server.model.loader import LoadedModel, adopt_model
+from server.model.merged_linear import merge_linears
 from server.model.prepacked_linear import prepack
 from server.model.runner import ModelRunner
 from server.types import GenerationRequest, PrefixRef, PrefixTier, SamplingParams
@@ -99,6 +100,7 @@ class Harness:
     max_num_batched_tokens: int = 64
     attention: str = "auto"
     load_delay: int = 2
+    merged: bool = False
     prepacked: bool = False
     eos_token_ids: frozenset[int] = frozenset()
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
@@ -110,6 +112,8 @@ class Harness:
 
     def __post_init__(self) -> None:
         self.model = adopt_model(self.module, model_id="tiny")
+        if self.merged:
+            self.model = merge_linears(self.model)
         if self.prepacked:
             self.model = prepack(self.model)
         self.blocks = BlockPool(self.num_blocks, self.block_size)

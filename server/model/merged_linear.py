@@ -1,0 +1,195 @@
+"""Linear layers that read the same tensor, as one product: queries, keys and values; gate and up.
+
+Called once at start by `server.bootstrap`, on the main thread, after the fingerprints were taken and before
+`prepack`. Which layers they are is seen and not known: one forward pass of two tokens notes which linear layers
+of a module are called once each, with the very same tensor. So there is no code per architecture, and
+transformers' modules stay as they are: in each layer's place stands a `MergedPart`, the first of which computes
+the product of all.
+
+Not for training: a product is kept between two calls. Experts whose weights are no linear layers stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from server.errors import ModelRefused
+from server.model.loader import LoadedModel
+from server.model.pack_shape import LANES
+
+logger = logging.getLogger(__name__)
+
+# Largest difference to the layers by themselves, relative to the largest value: another order of sums.
+_TOLERANCE: Final = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+class MergedLinear(nn.Module):
+    """Several linear layers of one input: x [..., in] -> one [..., out] for each, in the order of their calls.
+
+    Invariant: what is kept between two calls belongs to the input that is kept with it, and the last part drops both.
+    """
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        self.linear = _joined(layers)
+        self._input: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """What layer `index` gives for `x`, whoever asks in whatever order; computed once if asked as expected."""
+        if index == 0 or x is not self._input:
+            self._input, self._parts = x, self._product(x)
+        found = self._parts[index]
+        if index == len(self.sizes) - 1:
+            self._input, self._parts = None, ()
+        return found
+
+    def _product(self, x: Tensor) -> tuple[Tensor, ...]:
+        # A row that is no whole number of vectors must not be read in place: see `pack_shape`.
+        parts = self.linear(x).split(self.sizes, dim=-1)
+        return tuple(part if part.shape[-1] % LANES == 0 else part.contiguous() for part in parts)
+
+
+class MergedPart(nn.Module):
+    """Stands where one of the layers stood."""
+
+    def __init__(self, merged: MergedLinear, index: int) -> None:
+        super().__init__()
+        self.merged = merged
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merged.part(self.index, x)
+
+
+def _joined(layers: list[nn.Linear]) -> nn.Linear:
+    """One layer with the outputs of all, one behind the other."""
+    weight = torch.cat([layer.weight for layer in layers])
+    joined = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if any(layer.bias is not None for layer in layers):
+        biases = [
+            weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            for layer in layers
+        ]
+        joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return joined
+
+
+@torch.no_grad()
+def merge_linears(model: LoadedModel) -> LoadedModel:
+    """The model with such layers merged in place, module by module. Raises `ModelRefused` if its numbers change.
+
+    Its parameters get other names, and nothing can be trained through it afterwards.
+    """
+    trial = _Trial(model.module)
+    before = trial.run(model)
+    groups = list(trial.groups())
+    for parent, names in groups:
+        merged = MergedLinear([getattr(parent, name) for name in names])
+        for index, name in enumerate(names):
+            setattr(parent, name, MergedPart(merged, index))
+    if not groups:
+        return model
+    difference = _difference(before, _Trial(model.module).run(model))
+    if not difference <= _TOLERANCE[model.layout.dtype]:
+        raise ModelRefused(
+            f"{model.model_type}: with merged linear layers its numbers differ by {difference:.2g} "
+            f"(relative; at most {_TOLERANCE[model.layout.dtype]} expected)"
+        )
+    num_layers = sum(len(names) for _, names in groups)
+    logger.info("merged %d linear layers into %d", num_layers, len(groups))
+    return model
+
+
+@dataclass
+class _Call:
+    """A linear layer's call: the tensor itself, which stays alive here, and what was in it."""
+
+    parent: nn.Module
+    name: str
+    x: Tensor
+    content: Tensor
+
+
+@dataclass
+class _Trial:
+    """One forward pass of two tokens, and which linear layers it called with what."""
+
+    module: nn.Module
+    _calls: list[_Call] = field(default_factory=list)
+    _seen: list[Tensor] = field(default_factory=list)
+
+    def run(self, model: LoadedModel) -> list[Tensor]:
+        """What reached attention in each layer, and the logits."""
+        two = torch.arange(2, device=model.device)  # ids, positions and places in the pack at once
+        hooks = [
+            child.register_forward_pre_hook(self._listener(parent, name))
+            for parent, name, child in self._candidates()
+        ]
+        try:
+            with model.connected(self._attention):
+                logits = model.logits(two[None], two[None], two)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*self._seen, logits]
+
+    def groups(self) -> Iterator[tuple[nn.Module, list[str]]]:
+        """Modules, and the names of their layers that may be merged, in the order of the calls."""
+        num_calls = Counter((id(call.parent), call.name) for call in self._calls)
+        together: dict[tuple[int, int], list[_Call]] = {}
+        for call in self._calls:
+            if num_calls[id(call.parent), call.name] == 1:
+                together.setdefault((id(call.parent), id(call.x)), []).append(call)
+        for calls in together.values():
+            unchanged = all(torch.equal(call.content, calls[0].content) for call in calls)
+            if len(calls) > 1 and unchanged:
+                yield calls[0].parent, [call.name for call in calls]
+
+    def _candidates(self) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+        """Ordinary linear layers with weights that nobody else has."""
+        holders = Counter(
+            id(parameter)
+            for module in self.module.modules()
+            for parameter in module.parameters(recurse=False)
+        )
+        places = Counter(
+            id(child) for parent in self.module.modules() for child in parent.children()
+        )
+        for parent in self.module.modules():
+            for name, child in parent.named_children():
+                alone = type(child) is nn.Linear and holders[id(child.weight)] == 1
+                if alone and places[id(child)] == 1:
+                    yield parent, name, child
+
+    def _listener(self, parent: nn.Module, name: str) -> Any:
+        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._calls.append(_Call(parent, name, inputs[0], inputs[0].clone()))
+
+        return note
+
+    def _attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, None]:
+        """Notes what it gets; gives each token its own value, so that a wrong one is seen further on too."""
+        self._seen += [query, key, value]
+        group = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(group, dim=1).transpose(1, 2), None
+
+
+def _difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest over all tensors, each relative to its largest value."""
+    pairs = zip(before, after, strict=True)
+    return max(
+        float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-6))
+        for b, a in pairs
+    )
