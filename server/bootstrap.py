@@ -38,6 +38,7 @@ from server.model.attention import make_attention_backend
 from server.model.attention.base import AttentionBackend, PagedAttention
 from server.model.baker import Baker
 from server.model.base_spec import base_spec
+from server.model.compiled_layers import compile_layers
 from server.model.device import available_bytes, pick_device
 from server.model.loader import LoadedModel, load_model
 from server.model.merged_linear import merge_linears
@@ -178,6 +179,8 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
     # After the fingerprint of its weights, before its numbers are checked.
     model = prepack(merge_linears(model))
+    if config.compile:
+        model = compile_layers(model)
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
     pool = plan_for(config, model)
     store = PrefixStore.open(

@@ -118,6 +118,9 @@ class ServeConfig(BaseSettings):
     attention: Annotated[str, Parameter(group=_MODEL)] = Field(
         default="auto", description="Attention backend; auto takes the fastest that runs here"
     )
+    compile: Annotated[bool, Parameter(group=_MODEL, negative=(), show_default=False)] = Field(
+        default=False, description="Compile the model's layers at start; on a CPU needs g++"
+    )
     num_threads: Annotated[int | None, Parameter(group=_MODEL)] = Field(
         default=None,
         ge=1,

@@ -25,6 +25,7 @@ from server.kvcache.kv_cache import KVCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
+from server.model.compiled_layers import Backend, compile_layers
 from server.model.loader import LoadedModel, adopt_model
 from server.model.merged_linear import merge_linears
 from server.model.prepacked_linear import prepack
@@ -102,6 +103,7 @@ class Harness:
     load_delay: int = 2
     merged: bool = False
     prepacked: bool = False
+    compiled: Backend | None = None
     eos_token_ids: frozenset[int] = frozenset()
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], SequenceOutput] = field(default_factory=dict)
@@ -116,6 +118,8 @@ class Harness:
             self.model = merge_linears(self.model)
         if self.prepacked:
             self.model = prepack(self.model)
+        if self.compiled is not None:
+            self.model = compile_layers(self.model, backend=self.compiled)
         self.blocks = BlockPool(self.num_blocks, self.block_size)
         self.resident = ResidentPrefixes(self.blocks)
         cache = KVCache(self.model.layout, self.num_blocks, self.block_size, self.model.device)

@@ -11,11 +11,13 @@ Not for training: a product is kept between two calls. Experts whose weights are
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from server.errors import ModelRefused
 from server.model.loader import LoadedModel
 from server.model.pack_shape import LANES
+from server.model.trial_pass import TrialPass
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +93,17 @@ def merge_linears(model: LoadedModel) -> LoadedModel:
 
     Its parameters get other names, and nothing can be trained through it afterwards.
     """
-    trial = _Trial(model.module)
-    before = trial.run(model)
-    groups = list(trial.groups())
+    calls = _Calls()
+    with calls.noted(model.module):
+        before = TrialPass.of(model)
+    groups = list(calls.groups())
+    if not groups:
+        return model
     for parent, names in groups:
         merged = MergedLinear([getattr(parent, name) for name in names])
         for index, name in enumerate(names):
             setattr(parent, name, MergedPart(merged, index))
-    if not groups:
-        return model
-    difference = _difference(before, _Trial(model.module).run(model))
+    difference = TrialPass.of(model).difference(before)
     if not difference <= _TOLERANCE[model.layout.dtype]:
         raise ModelRefused(
             f"{model.model_type}: with merged linear layers its numbers differ by {difference:.2g} "
@@ -121,27 +125,26 @@ class _Call:
 
 
 @dataclass
-class _Trial:
-    """One forward pass of two tokens, and which linear layers it called with what."""
+class _Calls:
+    """Which linear layers were called with what."""
 
-    module: nn.Module
     _calls: list[_Call] = field(default_factory=list)
-    _seen: list[Tensor] = field(default_factory=list)
 
-    def run(self, model: LoadedModel) -> list[Tensor]:
-        """What reached attention in each layer, and the logits."""
-        two = torch.arange(2, device=model.device)  # ids, positions and places in the pack at once
+    @contextlib.contextmanager
+    def noted(self, module: nn.Module) -> Iterator[None]:
+        """Notes the calls of ordinary linear layers meanwhile."""
         hooks = [
-            child.register_forward_pre_hook(self._listener(parent, name))
-            for parent, name, child in self._candidates()
+            child.register_forward_pre_hook(functools.partial(self._note, parent, name))
+            for parent, name, child in _candidates(module)
         ]
         try:
-            with model.connected(self._attention):
-                logits = model.logits(two[None], two[None], two)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        return [*self._seen, logits]
+
+    def _note(self, parent: nn.Module, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._calls.append(_Call(parent, name, inputs[0], inputs[0].clone()))
 
     def groups(self) -> Iterator[tuple[nn.Module, list[str]]]:
         """Modules, and the names of their layers that may be merged, in the order of the calls."""
@@ -155,41 +158,13 @@ class _Trial:
             if len(calls) > 1 and unchanged:
                 yield calls[0].parent, [call.name for call in calls]
 
-    def _candidates(self) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-        """Ordinary linear layers with weights that nobody else has."""
-        holders = Counter(
-            id(parameter)
-            for module in self.module.modules()
-            for parameter in module.parameters(recurse=False)
-        )
-        places = Counter(
-            id(child) for parent in self.module.modules() for child in parent.children()
-        )
-        for parent in self.module.modules():
-            for name, child in parent.named_children():
-                alone = type(child) is nn.Linear and holders[id(child.weight)] == 1
-                if alone and places[id(child)] == 1:
-                    yield parent, name, child
 
-    def _listener(self, parent: nn.Module, name: str) -> Any:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._calls.append(_Call(parent, name, inputs[0], inputs[0].clone()))
-
-        return note
-
-    def _attention(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, None]:
-        """Notes what it gets; gives each token its own value, so that a wrong one is seen further on too."""
-        self._seen += [query, key, value]
-        group = query.shape[1] // value.shape[1]
-        return value.repeat_interleave(group, dim=1).transpose(1, 2), None
-
-
-def _difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest over all tensors, each relative to its largest value."""
-    pairs = zip(before, after, strict=True)
-    return max(
-        float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-6))
-        for b, a in pairs
-    )
+def _candidates(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Ordinary linear layers in one place, with weights that nobody else has: parent, name, layer."""
+    holders = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
+    places = Counter(id(child) for parent in module.modules() for child in parent.children())
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            alone = type(child) is nn.Linear and holders[id(child.weight)] == 1
+            if alone and places[id(child)] == 1:
+                yield parent, name, child

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from server.model import opaque_ops
 from server.model.loader import LoadedModel
 from server.model.merged_linear import MergedLinear
 from server.model.pack_shape import PackShape
@@ -50,6 +51,8 @@ class PrepackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any number of rows, none too."""
+        if torch.compiler.is_compiling():
+            return opaque_ops.prepacked_linear(self, x, self.out_features)
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.out_features)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
