@@ -44,6 +44,8 @@ def compile_layers(model: LoadedModel, *, backend: Backend = "inductor") -> Load
 
     Raises `ConfigError` if there is no compiler to do it with.
     """
+    from torch._inductor import config as inductor  # slow, and only for those who compile
+
     if backend == "inductor":
         _require_compiler(model.device)
     shape = dataclasses.replace(
@@ -59,7 +61,9 @@ def compile_layers(model: LoadedModel, *, backend: Backend = "inductor") -> Load
     begun, num_graphs = time.monotonic(), _num_graphs()
     try:
         _compile(model, layers, plain[0].modules, backend)
-        compiled = [TrialPass.of(model, size) for size in sizes]
+        # In this process alone: a pool of compiling ones would stay behind, idle.
+        with inductor.patch(compile_threads=1):
+            compiled = [TrialPass.of(model, size) for size in sizes]
     except Exception as error:  # noqa: BLE001 - whatever the compiler can not do, the server runs without it
         return _uncompiled(model, layers, f"they can not be compiled ({_in_short(error)})")
     difference = max(c.difference(p) for c, p in zip(compiled, plain, strict=True))
@@ -109,7 +113,7 @@ def _num_graphs() -> int:
 def _require_compiler(device: torch.device) -> None:
     if device.type != "cpu":
         return  # Triton compiles for a GPU; that it can, shows in the attempt
-    from torch._inductor.cpp_builder import get_cpp_compiler  # slow, and only for those who compile
+    from torch._inductor.cpp_builder import get_cpp_compiler  # likewise
 
     try:
         get_cpp_compiler()
@@ -138,6 +142,8 @@ def _decoder_layers(model: LoadedModel, callers: list[nn.Module]) -> list[nn.Mod
     """The stack whose every layer calls attention once; empty if there is none."""
     for stack in model.module.modules():
         alike = isinstance(stack, nn.ModuleList) and len(stack) == len(callers)
-        if alike and all(c in set(x.modules()) for x, c in zip(stack.children(), callers, strict=True)):
+        if alike and all(
+            c in set(x.modules()) for x, c in zip(stack.children(), callers, strict=True)
+        ):
             return list(stack.children())
     return []
