@@ -75,12 +75,12 @@ class MergedPart(nn.Module):
 
 def _joined(layers: list[nn.Linear]) -> nn.Linear:
     """One layer with the outputs of all, one behind the other."""
-    weight = torch.cat([layer.weight for layer in layers])
-    joined = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    weight = torch.cat([layer.weight.data for layer in layers])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
     if any(layer.bias is not None for layer in layers):
         biases = [
-            weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.data
             for layer in layers
         ]
         joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
@@ -165,6 +165,6 @@ def _candidates(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]
     places = Counter(id(child) for parent in module.modules() for child in parent.children())
     for parent in module.modules():
         for name, child in parent.named_children():
-            alone = type(child) is nn.Linear and holders[id(child.weight)] == 1
-            if alone and places[id(child)] == 1:
+            # A subclass may compute something else.
+            if type(child) is nn.Linear and places[id(child)] == holders[id(child.weight)] == 1:
                 yield parent, name, child

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-_LIBRARY: Final = torch.library.Library("prefixd", "FRAGMENT")
+_LIBRARY: Final[Any] = torch.library.Library("prefixd", "FRAGMENT")  # type: ignore[no-untyped-call] # torch has no types for it
 _modules: Final[weakref.WeakValueDictionary[int, nn.Module]] = weakref.WeakValueDictionary()
 _numbers: Final = itertools.count()
 

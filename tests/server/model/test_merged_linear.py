@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ MERGED = {
 }
 
 
-def load(architecture: str, dtype: torch.dtype = torch.float32, **overrides: object) -> LoadedModel:
+def load(architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> LoadedModel:
     return adopt_model(tiny_model(architecture, **overrides).to(dtype), model_id="tiny")
 
 
@@ -90,7 +91,7 @@ def record(harness: Harness) -> list[Tensor]:
         seen.append(logits.clone())
         return logits
 
-    harness.runner.forward = recorded  # type: ignore[assignment, method-assign] # listens in
+    harness.runner.forward = recorded  # type: ignore[method-assign] # listens in
     return seen
 
 
@@ -143,7 +144,7 @@ def test_one_product_is_computed_for_all_parts_and_nothing_is_kept() -> None:
 def test_the_weights_of_the_layers_are_let_go() -> None:
     model = load("llama")
     attention = model.module.model.layers[0].self_attn  # type: ignore[union-attr, index]
-    plain = weakref.ref(attention.k_proj.weight)  # type: ignore[union-attr]
+    plain = weakref.ref(attention.k_proj.weight)
     num_bytes = sum(p.numel() for p in model.module.parameters())
 
     merge_linears(model)
@@ -178,7 +179,7 @@ class Odd(nn.Module):
         self.other.weight = self.tied.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.first(x) + self.twice(x) + self.twice(x) + self.tied(x)
+        out: Tensor = self.first(x) + self.twice(x) + self.twice(x) + self.tied(x)
         return out + self.second(x.mul_(2) if self.changes else x) + self.other(out)
 
 
