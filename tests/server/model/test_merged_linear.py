@@ -180,7 +180,8 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.first(x) + self.twice(x) + self.twice(x) + self.tied(x)
-        return out + self.second(x.mul_(2) if self.changes else x) + self.other(out)
+        out = out + self.second(x.mul_(2) if self.changes else x)
+        return out + torch.relu(self.other(out))
 
 
 @pytest.mark.parametrize(("changes", "expected"), [(False, {"first second"}), (True, set())])
