@@ -92,6 +92,9 @@ def test_layers_of_a_kind_share_one_graph_which_serves_every_batch(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # most of it is the compiler's; a busy machine takes minutes
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning"
+)  # torch's compiler uses it itself
 def test_what_the_compiler_makes_gives_the_tokens_of_the_uncompiled_layers() -> None:
     """In float32, where the compiler's fewer roundings are too small to decide between two tokens."""
     expected = drive(Harness(tiny_model("llama"), merged=True, prepacked=True))
