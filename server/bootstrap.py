@@ -41,9 +41,11 @@ from server.model.attention import make_attention_backend
 from server.model.attention.base import AttentionBackend, PagedAttention
 from server.model.baker import Baker
 from server.model.base_spec import base_spec
+from server.model.compiled_layers import compile_layers
 from server.model.device import memory_or_refused, pick_device
 from server.model.largest_step import LargestStep
 from server.model.loader import LoadedModel, load_model
+from server.model.merged_linear import merge_linears
 from server.model.prefix_transfer import Staging, pack
 from server.model.prepacked_linear import prepack
 from server.model.prover import Prover
@@ -184,7 +186,10 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
     )
     tokenizer = Tokenizer.load(source_id, revision=config.revision)
     base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
-    model = prepack(model)  # after the fingerprint of its weights, before its numbers are checked
+    # After the fingerprint of its weights, before its numbers are checked.
+    model = prepack(merge_linears(model))
+    if config.compile:
+        model = compile_layers(model)
     logger.info("self-check: relative difference %.1e", self_check(model, backend))
     plan = plan_memory(config, model, backend, memory)
     pool = plan.pool

@@ -122,6 +122,9 @@ class ServeConfig(BaseSettings):
         default=True,
         description="On a GPU, record decode steps at start and replay them; without it steps take longer",
     )
+    compile: Annotated[bool, Parameter(group=_MODEL, negative=(), show_default=False)] = Field(
+        default=False, description="Compile the model's layers at start; on a CPU needs g++"
+    )
     num_threads: Annotated[int | None, Parameter(group=_MODEL)] = Field(
         default=None,
         ge=1,

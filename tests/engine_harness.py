@@ -26,7 +26,9 @@ from server.kvcache.kv_cache import KVCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
+from server.model.compiled_layers import Backend, compile_layers
 from server.model.loader import LoadedModel, adopt_model
+from server.model.merged_linear import merge_linears
 from server.model.prepacked_linear import prepack
 from server.model.runner import ModelRunner
 from server.types import GenerationRequest, PrefixRef, PrefixTier, SamplingParams
@@ -103,7 +105,9 @@ class Harness:
     max_num_batched_tokens: int = 64
     attention: str = "auto"
     load_delay: int = 2
+    merged: bool = False
     prepacked: bool = False
+    compiled: Backend | None = None
     eos_token_ids: frozenset[int] = frozenset()
     recorder: Recorder | None = None  # of decode steps, with the triton backend
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
@@ -115,8 +119,12 @@ class Harness:
 
     def __post_init__(self) -> None:
         self.model = adopt_model(self.module, model_id="tiny")
+        if self.merged:
+            self.model = merge_linears(self.model)
         if self.prepacked:
             self.model = prepack(self.model)
+        if self.compiled is not None:
+            self.model = compile_layers(self.model, backend=self.compiled)
         self.blocks = BlockPool(self.num_blocks, self.block_size)
         self.resident = ResidentPrefixes(self.blocks)
         cache = KVCache(self.model.layout, self.num_blocks, self.block_size, self.model.device)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from prefix_store.spec import KVLayout, LayerLayout
 from server.errors import ModelRefused
+from server.model import opaque_ops
 from server.model.pack_shape import AS_IT_IS, PackShape
 
 ATTENTION_NAME: Final = "prefixd"
@@ -30,10 +31,19 @@ _REFUSED_ROPE_TYPES: Final = {"dynamic", "longrope"}
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 
-def _call_connected(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def _call_connected(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """What transformers calls; `connect` has put the real function on the module."""
+    if torch.compiler.is_compiling():
+        return opaque_ops.attend(module, query, key, value, kwargs), None
     attention: AttentionFunction = module.prefixd_attention  # type: ignore[assignment]
-    return attention(module, *args, **kwargs)
+    return attention(module, query, key, value, *args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_NAME, _call_connected)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 # Values that torch's elementwise loops take at once, at most: two vectors of 512 bits in bfloat16.
-_LANES: Final = 64
+LANES: Final = 64
 # Values for which torch gives one more thread a share (`at::internal::GRAIN_SIZE`).
 _GRAIN: Final = 32_768
 
@@ -28,7 +28,7 @@ class PackShape:
 
     def padded(self, num_tokens: int) -> int:
         """The fewest tokens >= `num_tokens` that the model may run."""
-        multiple = max((_LANES // math.gcd(_LANES, width) for width in self.widths), default=1)
+        multiple = max((LANES // math.gcd(LANES, width) for width in self.widths), default=1)
         padded = -(-max(num_tokens, self.min_tokens) // multiple) * multiple
         while not self._shares_are_whole(padded):
             padded += multiple
@@ -39,7 +39,7 @@ class PackShape:
             return True
         num_values = num_tokens * max(self.widths)
         num_shares = min(self.num_threads, -(-num_values // _GRAIN))
-        return num_values % (_LANES * num_shares) == 0
+        return num_values % (LANES * num_shares) == 0
 
 
 AS_IT_IS: Final = PackShape()

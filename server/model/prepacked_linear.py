@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from server.model import opaque_ops
 from server.model.loader import LoadedModel
+from server.model.merged_linear import MergedLinear
 from server.model.pack_shape import PackShape
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class PrepackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any number of rows, none too."""
+        if torch.compiler.is_compiling():
+            return opaque_ops.prepacked_linear(self, x, self.out_features)
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.out_features)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -77,12 +81,22 @@ def prepack(model: LoadedModel) -> LoadedModel:
             if (weight := _plain_weight(child)) is not None:
                 setattr(parent, name, PrepackedLinear(weight, child.bias))  # type: ignore[arg-type] # a module's attribute may be anything
     packed = [m for m in model.module.modules() if isinstance(m, PrepackedLinear)]
-    head = model.module.get_output_embeddings()  # type: ignore[operator] # transformers' method
-    widths = {layer.out_features for layer in packed if layer is not head}
     num_bytes = sum(layer.weight_bytes for layer in packed)
     logger.info("prepacked %d linear layers, %d MB", len(packed), num_bytes // 10**6)
-    shape = PackShape(_MIN_ROWS, tuple(sorted(widths)), torch.get_num_threads())
+    shape = PackShape(_MIN_ROWS, _widths(model.module), torch.get_num_threads())
     return dataclasses.replace(model, pack_shape=shape)
+
+
+def _widths(module: nn.Module) -> tuple[int, ...]:
+    """Of the activations that linear layers give, but for the logits. Merged ones are activations one by one."""
+    merged = [m for m in module.modules() if isinstance(m, MergedLinear)]
+    head = module.get_output_embeddings()  # type: ignore[operator] # transformers' method
+    no_activations = {head, *(m.linear for m in merged)}
+    found = {width for m in merged for width in m.sizes}
+    for layer in module.modules():
+        if isinstance(layer, PrepackedLinear) and layer not in no_activations:
+            found.add(layer.out_features)
+    return tuple(sorted(found))
 
 
 def _plain_weight(module: nn.Module) -> Tensor | None:

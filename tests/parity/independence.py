@@ -87,7 +87,9 @@ class Laboratory:
         self.jobs = [self._job(i, rng, prefixes) for i in range(_POOL)]
         self.alone: dict[tuple[str, int], Tensor] = {}
         for job in self.jobs:
-            recorder = Recorder(self.module, prepacked=True, max_num_batched_tokens=512)
+            recorder = Recorder(
+                self.module, merged=True, prepacked=True, max_num_batched_tokens=512
+            )
             recorder.add(job.name, job.prompt, job.prefix, job.sampling, seed=len(job.prompt))
             recorder.run()
             self.alone |= recorder.logits
@@ -111,6 +113,7 @@ class Laboratory:
         budget = rng.choice((32, 33, 48, 100, 512))
         recorder = Recorder(
             self.module,
+            merged=True,
             prepacked=True,
             num_blocks=rng.choice((tight, tight, tight, 4000 // block_size)),
             block_size=block_size,

@@ -23,10 +23,10 @@ def _prompt(seed: int, length: int) -> list[int]:
     return [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
 
 
-@pytest.mark.parametrize("prepacked", [False, True], ids=["plain", "prepacked"])
+@pytest.mark.parametrize("as_served", [False, True], ids=["plain", "as served on a CPU"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_equal_those_of_transformers_for_every_prefix_length(
-    architecture: str, prepacked: bool
+    architecture: str, as_served: bool
 ) -> None:
     module = tiny_model(architecture)
     model = adopt_model(module, model_id="tiny")
@@ -39,7 +39,7 @@ def test_tokens_equal_those_of_transformers_for_every_prefix_length(
         "the model is too dull to tell tasks apart"
     )
 
-    harness = Harness(module, prepacked=prepacked)
+    harness = Harness(module, merged=as_served, prepacked=as_served)
     for p, prefix in jobs:
         harness.add(str(p), _prompt(p, 9 + p % 7), prefix, GREEDY)
 

@@ -16,6 +16,7 @@ from server.errors import ConfigError
 from server.metrics import Metrics
 from server.model.base_spec import base_spec
 from server.model.loader import load_model
+from server.model.merged_linear import MergedPart
 from server.model.prepacked_linear import PrepackedLinear
 
 
@@ -63,13 +64,14 @@ def test_a_setting_that_can_not_work_is_refused_by_name(
         build_engine(config, Metrics())
 
 
-def test_a_cpu_serves_prepacked_weights_under_the_fingerprint_of_the_plain_ones(
+def test_a_cpu_serves_merged_and_prepacked_weights_under_the_fingerprint_of_the_plain_ones(
     tmp_path: Path,
 ) -> None:
     plain = load_model(demo.MODEL_DIR, device=torch.device("cpu"), dtype="float32")
 
     serving = build_engine(ServeConfig(store=tmp_path / "store", device="cpu"), Metrics())
 
-    assert any(isinstance(m, PrepackedLinear) for m in serving.model.module.modules())
+    kinds = {type(m) for m in serving.model.module.modules()}
+    assert {MergedPart, PrepackedLinear} <= kinds
     assert serving.base.fingerprint == base_spec(plain).fingerprint
     assert serving.model.weight_bytes == plain.weight_bytes
