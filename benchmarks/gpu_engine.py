@@ -28,6 +28,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence as EngineSequence
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import AttentionBackend, PagedAttention
@@ -190,7 +191,9 @@ class LocalEngine:
         self.model.connect(attention)
         limits = SchedulerLimits(self.max_num_seqs, max(_TOKENS_PER_STEP, self.max_num_seqs))
         runner = ModelRunner(self.model, cache, attention)
-        parts = EngineParts(Scheduler(limits, blocks, resident), blocks, resident, runner, 1)
+        cached = PromptCache(blocks, enabled=False)  # each row is to compute its own prompt
+        scheduler = Scheduler(limits, blocks, resident, cached)
+        parts = EngineParts(scheduler, blocks, resident, cached, runner, 1)
         self._core = EngineCore(parts, self._asked, time.perf_counter)
         self._inbox: list[Message | PrefixLoaded] = []
 

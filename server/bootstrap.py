@@ -32,6 +32,7 @@ from server.errors import ConfigError, PinRefused
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
 from server.kvcache.pool_plan import PoolPlan, plan_pool
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.metrics import Metrics
 from server.model.attention import make_attention_backend
@@ -240,6 +241,7 @@ def _wire(
 ) -> AsyncEngine:
     blocks = BlockPool(pool.num_blocks, pool.block_size)
     prefixes = ResidentPrefixes(blocks)
+    prompt_cache = PromptCache(blocks, enabled=config.prompt_cache)
     kv_cache = KVCache(model.layout, pool.num_blocks, pool.block_size, model.device)
     attention = PagedAttention(backend, kv_cache)
     model.connect(attention)
@@ -250,9 +252,10 @@ def _wire(
         config.pin_budget,
     )
     parts = EngineParts(
-        scheduler=Scheduler(limits, blocks, prefixes),
+        scheduler=Scheduler(limits, blocks, prefixes, prompt_cache),
         blocks=blocks,
         prefixes=prefixes,
+        prompt_cache=prompt_cache,
         runner=ModelRunner(model, kv_cache, attention),
         block_bytes=pool.block_bytes,
     )

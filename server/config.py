@@ -178,6 +178,9 @@ class ServeConfig(BaseSettings):
     block_size: Annotated[int, Parameter(group=_ENGINE)] = Field(
         default=16, ge=1, le=1024, description="Tokens per KV block"
     )
+    prompt_cache: Annotated[bool, Parameter(group=_ENGINE)] = Field(
+        default=True, description="Compute the same beginning of prompts once, while there is room"
+    )
     kv_cache_bytes: Annotated[ByteSize | None, Parameter(group=_ENGINE, metavar="BYTES")] = Field(
         default=None, ge=1, description="Memory for the KV pool (2GiB); measured if left out"
     )
