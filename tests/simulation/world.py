@@ -312,6 +312,7 @@ class World:
         self._check_pins(pinned, inbox, plan)
         self._check_preemptions(before)
         self._check_plan(plan)
+        self._check_failed(plan, result)
         for output in result.outputs:
             self._take(output)
         for message in inbox:
@@ -425,10 +426,19 @@ class World:
                 asked_before = self._asked_before.get(seq.request.request_id, len(prompt))
                 self.seen["cache hit in an answer"] += seq.num_cached_tokens > asked_before
 
+    def _check_failed(self, plan: SchedulerOutput, result: StepResult) -> None:
+        """What a failed row read or wrote can not be found any more."""
+        ended = {(o.request_id, o.index): o.error for o in result.outputs if o.error is not None}
+        entries = {entry.block_id for entry in self.prompt_cache._entries.values()}
+        for row in plan.rows:
+            if (row.sequence.request.request_id, row.sequence.index) in ended:
+                assert not entries & set(row.block_ids), "a failed row's block is still cached"
+
     def _take(self, output: SequenceOutput) -> None:
         key = (output.request_id, output.index)
         assert key in self._open, "an output after the last one"
         choice = self._open[key]
+        assert 0 <= output.num_cached_tokens < len(choice.request.prompt_token_ids)
         if output.token_id is not None:
             choice.tokens.append(output.token_id)
         if output.finish_reason is None:
