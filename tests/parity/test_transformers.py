@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prefix_store.artifact import Prefix
+from server.engine.messages import ScheduledRow
 from server.model.attention import make_attention_backend
 from server.model.loader import adopt_model
 from server.model.self_check import self_check
@@ -236,3 +237,33 @@ def test_a_row_that_goes_non_finite_fails_alone_and_leaves_nothing_behind() -> N
     assert tokens["good", 0] == expected
     assert tokens["later", 0] == expected
     assert bool(torch.isfinite(good.values[1]).all())
+
+
+def test_a_row_that_fails_leaves_the_blocks_that_it_shared_as_they_were() -> None:
+    """Its own blocks are wiped. Whoever reads the shared ones goes on; newcomers compute them anew."""
+    module = tiny_model("llama")
+    system = _prompt(3, 48)
+    sampling = SamplingParams(max_tokens=20, temperature=0.0)
+    expected = generate_with_transformers(module, [*system, 5], None, 20)
+
+    harness = Harness(module)
+    harness.add("reader", [*system, 5], None, sampling)
+    harness.step()
+    forward = harness.runner.forward
+
+    def failing(rows: tuple[ScheduledRow, ...]) -> torch.Tensor:
+        logits = forward(rows)
+        sampled = [row.sequence.request.request_id for row in rows if row.sample]
+        logits[[name == "bad" for name in sampled]] = float("nan")
+        return logits
+
+    harness.runner.forward = failing  # type: ignore[method-assign] # one row's fault is injected
+    harness.add("bad", [*system, 6], None, sampling)
+    harness.run()
+    assert harness.finished["bad", 0].finish_reason == "error"
+    assert harness.finished["bad", 0].num_cached_tokens == 48
+    assert harness.tokens["reader", 0] == expected
+
+    harness.add("later", [*system, 5], None, sampling)
+    assert harness.run()["later", 0] == expected
+    assert harness.finished["later", 0].num_cached_tokens == 0

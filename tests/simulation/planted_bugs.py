@@ -496,21 +496,25 @@ def youngest_goes_on_at_the_cost_of_the_oldest(
 
 
 @_bug(Scheduler, "_receive")
-def choices_share_one_seed(original: Any, scheduler: Any, message: Any) -> None:
-    original(scheduler, message)
+def choices_share_one_seed(original: Any, scheduler: Any, message: Any, *rest: Any) -> None:
+    original(scheduler, message, *rest)
     for seq in scheduler._waiting:
         seq.seed -= seq.index if seq.first_scheduled is None and seq.index == 2 else 0
 
 
 @_bug(Scheduler, "_receive")
-def evict_order_also_forgets_a_load_under_way(original: Any, scheduler: Any, message: Any) -> None:
-    original(scheduler, message)
+def evict_order_also_forgets_a_load_under_way(
+    original: Any, scheduler: Any, message: Any, *rest: Any
+) -> None:
+    original(scheduler, message, *rest)
     if isinstance(message, EvictPrefix):
         scheduler._loading.discard(message.digest)
 
 
 @_bug(Scheduler, "_receive")
-def answer_that_nobody_asked_for_is_staged(original: Any, scheduler: Any, message: Any) -> None:
-    original(scheduler, message)
+def answer_that_nobody_asked_for_is_staged(
+    original: Any, scheduler: Any, message: Any, *rest: Any
+) -> None:
+    original(scheduler, message, *rest)
     if isinstance(message, PrefixReady) and scheduler._waiting:
         scheduler._loading.add(message.digest)
