@@ -30,6 +30,7 @@ from server.engine.messages import AddRequest
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
@@ -64,10 +65,12 @@ class Engine:
         cache = KVCache(model.layout, num_blocks, _BLOCK_SIZE, model.device)
         self._model, self._clock = model, clock()
         self._attention = PagedAttention(make_attention_backend("auto"), cache)
+        prompt_cache = PromptCache(blocks, enabled=False)  # as many keys to read as rows
         parts = EngineParts(
-            Scheduler(SchedulerLimits(num_requests, 2**20), blocks, prefixes),
+            Scheduler(SchedulerLimits(num_requests, 2**20), blocks, prefixes, prompt_cache),
             blocks,
             prefixes,
+            prompt_cache,
             ModelRunner(model, cache, self._attention),
             block_bytes=1,
         )

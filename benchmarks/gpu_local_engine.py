@@ -16,6 +16,7 @@ from server.engine.prefetch import Prefetcher, PrefixAnswer
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
@@ -67,7 +68,9 @@ class LocalEngine:
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
         )
-        parts = EngineParts(Scheduler(limits, blocks, resident), blocks, resident, runner, 1)
+        cached = PromptCache(blocks, enabled=False)  # each row is to compute its own prompt
+        scheduler = Scheduler(limits, blocks, resident, cached)
+        parts = EngineParts(scheduler, blocks, resident, cached, runner, 1)
         self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
         on_gpu = self.model.device.type == "cuda"
         stage = Staging(self.model.device).stage if on_gpu else as_it_is

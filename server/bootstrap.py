@@ -35,6 +35,7 @@ from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
 from server.kvcache.memory_account import readable
 from server.kvcache.pool_plan import PoolPlan
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.metrics import Metrics
 from server.model.attention import make_attention_backend
@@ -247,6 +248,7 @@ def _wire(
 ) -> AsyncEngine:
     blocks = BlockPool(pool.num_blocks, pool.block_size)
     prefixes = ResidentPrefixes(blocks)
+    prompt_cache = PromptCache(blocks, enabled=config.prompt_cache)
     purpose = f"for a KV pool of {readable(pool.pool_bytes)}"
     with memory_or_refused(purpose, "lower --kv-cache-bytes or --num-kv-blocks"):
         kv_cache = KVCache(model.layout, pool.num_blocks, pool.block_size, model.device)
@@ -271,9 +273,10 @@ def _wire(
         config.pin_budget,
     )
     parts = EngineParts(
-        scheduler=Scheduler(limits, blocks, prefixes),
+        scheduler=Scheduler(limits, blocks, prefixes, prompt_cache),
         blocks=blocks,
         prefixes=prefixes,
+        prompt_cache=prompt_cache,
         runner=runner,
         block_bytes=pool.block_bytes,
         stage=as_it_is if model.device.type == "cpu" else Staging(model.device).stage,

@@ -191,6 +191,9 @@ class ServeConfig(BaseSettings):
         le=1,
         description="Share of the GPU's memory for weights, steps and KV pool; not on a CPU",
     )
+    prompt_cache: Annotated[bool, Parameter(group=_ENGINE)] = Field(
+        default=True, description="Compute the same beginning of prompts once, while there is room"
+    )
     kv_cache_bytes: Annotated[ByteSize | None, Parameter(group=_ENGINE, metavar="BYTES")] = Field(
         default=None, ge=1, description="Memory for the KV pool (2GiB); measured if left out"
     )

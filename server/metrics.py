@@ -149,6 +149,9 @@ class Metrics:
         self._kv_usage = gauge("kv_cache_usage_ratio", "Share of the KV blocks in use, 0 to 1")
         self._kv_blocks = gauge("kv_cache_blocks", "KV blocks by what holds them", "state")
         self._preemptions = counter("preemptions", "Sequences put back to make room")
+        self._asked_tokens = counter("prompt_cache_query_tokens", "Tokens of prompts that began")
+        self._hit_tokens = counter("prompt_cache_hit_tokens", "Those that were not computed again")
+        self._prompt_blocks = gauge("prompt_cache_blocks", "KV blocks held, read now or not")
         self._build = Info("build", "What is running", namespace=NAMESPACE, registry=self.registry)
         self._ready = gauge("ready", "1 while requests are served")
         self._model_load = gauge("model_load_duration_seconds", "Loading the model took this long")
@@ -211,6 +214,9 @@ class Metrics:
             self._batch_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
             self._batch_tasks.observe(stats.num_distinct_tasks)
         self._preemptions.inc(stats.num_preemptions)
+        self._asked_tokens.inc(stats.num_asked_tokens)
+        self._hit_tokens.inc(stats.num_hit_tokens)
+        self._prompt_blocks.set(stats.num_prompt_cache_blocks)
         self._running.set(stats.num_running)
         self._waiting.labels("capacity").set(stats.num_waiting)
         self._waiting.labels("prefix_load").set(stats.num_waiting_for_prefix)
@@ -259,11 +265,13 @@ class Metrics:
                 self._decode_time.observe(max(finished - first, 0.0))
 
     def _set_blocks(self, stats: StepStats) -> None:
-        total = stats.num_kv_blocks
-        self._kv_usage.set(stats.num_kv_blocks_used / total if total else 0.0)
+        total, idle = stats.num_kv_blocks, stats.num_idle_prompt_blocks
+        used = stats.num_kv_blocks_used - idle  # what anybody may have at once is not in use
+        self._kv_usage.set(used / total if total else 0.0)
         self._kv_blocks.labels("prefix").set(stats.num_prefix_blocks)
-        self._kv_blocks.labels("request").set(stats.num_kv_blocks_used - stats.num_prefix_blocks)
-        self._kv_blocks.labels("free").set(total - stats.num_kv_blocks_used)
+        self._kv_blocks.labels("request").set(used - stats.num_prefix_blocks)
+        self._kv_blocks.labels("prompt_cache").set(idle)
+        self._kv_blocks.labels("free").set(total - used - idle)
 
     def _set_residents(self, stats: StepStats) -> None:
         self._tier_bytes.labels("device").set(stats.device_prefix_bytes)

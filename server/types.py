@@ -130,6 +130,7 @@ class GenerationRequest:
     """One prompt for one task (`prefix` None: the bare base model). `request_id` is ours, never a client's.
 
     `version_role`: live or canary, for metrics; empty for a request that names a version, or no task.
+    `cache_salt`: only requests of one salt share blocks of the prompt cache.
     """
 
     request_id: str
@@ -138,6 +139,7 @@ class GenerationRequest:
     prefix: PrefixRef | None = None
     endpoint: str = "completions"
     version_role: str = ""
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,8 @@ class RequestOutput:
     """What one choice of a request gained: `text` and `token_ids` are increments, counts are totals.
 
     `stop_reason`: the stop string or stop token id that ended it. `error`: a sentence, when
-    `finish_reason` is ERROR. The last output of each choice carries `finish_reason`.
+    `finish_reason` is ERROR. The last output of each choice carries `finish_reason`. `num_cached_tokens`:
+    of the prompt, that were in the prompt cache.
     """
 
     request_id: str
@@ -167,6 +170,7 @@ class RequestOutput:
     error: str | None = None
     prefix_tier: PrefixTier = PrefixTier.NONE
     timings: RequestTimings = RequestTimings()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +219,11 @@ class PrefixEvent:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one engine step did, and the state it left. Gauges are values after the step."""
+    """What one engine step did, and the state it left. Gauges are values after the step.
+
+    `num_prompt_cache_blocks`: those held; `num_idle_prompt_blocks`: those of them that nobody reads.
+    `num_asked_tokens`: of prompts that began to run; `num_hit_tokens`: of these, found in the prompt cache.
+    """
 
     duration_seconds: float
     num_prefill_tokens: int
@@ -229,6 +237,10 @@ class StepStats:
     num_kv_blocks: int
     num_kv_blocks_used: int
     num_prefix_blocks: int
+    num_prompt_cache_blocks: int
+    num_idle_prompt_blocks: int
+    num_asked_tokens: int
+    num_hit_tokens: int
     device_prefix_bytes: int
     resident_tasks: tuple[str, ...]
     events: tuple[PrefixEvent, ...] = field(default=())

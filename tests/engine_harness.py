@@ -23,6 +23,7 @@ from server.engine.prefetch import PrefixLoaded
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
@@ -108,6 +109,7 @@ class Harness:
     merged: bool = False
     prepacked: bool = False
     compiled: Backend | None = None
+    prompt_cache: bool = True
     eos_token_ids: frozenset[int] = frozenset()
     recorder: Recorder | None = None  # of decode steps, with the triton backend
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Harness:
     num_preemptions: int = 0
     num_loads: int = 0
     num_evictions: int = 0
+    num_hit_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.model = adopt_model(self.module, model_id="tiny")
@@ -134,8 +137,9 @@ class Harness:
         self.runner.recorded = self._recorded(cache, attention)
         self.kv_cache = cache
         limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.eos_token_ids)
-        self.scheduler = Scheduler(limits, self.blocks, self.resident)
-        parts = EngineParts(self.scheduler, self.blocks, self.resident, self.runner, 1)
+        self.cached = PromptCache(self.blocks, enabled=self.prompt_cache)
+        self.scheduler = Scheduler(limits, self.blocks, self.resident, self.cached)
+        parts = EngineParts(self.scheduler, self.blocks, self.resident, self.cached, self.runner, 1)
         self.now = 0.0
         self.core = EngineCore(parts, self._request, lambda: self.now, debug=True)
         self.inbox: list[object] = []
@@ -166,6 +170,7 @@ class Harness:
         prefix: Prefix | None = None,
         sampling: SamplingParams | None = None,
         seed: int = 0,
+        cache_salt: str = "",
     ) -> None:
         """Submits a request; greedy, 8 tokens unless told otherwise."""
         if prefix is not None:
@@ -175,6 +180,7 @@ class Harness:
             tuple(prompt),
             sampling or SamplingParams(max_tokens=8, temperature=0.0),
             prefix_ref(prefix) if prefix else None,
+            cache_salt=cache_salt,
         )
         self.inbox.append(AddRequest(request, seed, self.now))
 
@@ -195,6 +201,7 @@ class Harness:
         self.num_steps += 1
         self.now += 1.0
         self.num_preemptions += result.stats.num_preemptions
+        self.num_hit_tokens += result.stats.num_hit_tokens
         self.num_evictions += sum(e.kind == "evict" for e in result.stats.events)
         for output in result.outputs:
             key = (output.request_id, output.index)

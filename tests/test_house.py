@@ -29,8 +29,8 @@ CONFIGURATION = [
 
 MAX_LINES = 350
 LONGER_FOR_A_REASON = {
-    "server/engine/scheduler.py": 515,  # the policy and its invariants are read and judged in one piece
-    "server/metrics.py": 400,  # every series in one file; a list, not a depth
+    "server/engine/scheduler.py": 520,  # the policy and its invariants are read and judged in one piece
+    "server/metrics.py": 410,  # every series in one file; a list, not a depth
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
 BUDGET_LINES = {

@@ -19,12 +19,14 @@ from server.engine.messages import (
     PrefixFailed,
     PrefixReady,
     RowOutcome,
+    ScheduledRow,
     SchedulerOutput,
     SequenceOutput,
 )
 from server.engine.prefetch import PrefixAnswer, PrefixLoaded, PrefixLoadFailed
 from server.engine.scheduler import Scheduler
 from server.kvcache.block_pool import BlockPool
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.types import PrefixEvent, PrefixRef, PrefixTier, StepStats
 
@@ -60,6 +62,7 @@ class EngineParts:
     scheduler: Scheduler
     blocks: BlockPool
     prefixes: ResidentPrefixes
+    prompt_cache: PromptCache
     runner: Runner
     block_bytes: int
     stage: Callable[[Prefix], Prefix] = as_it_is
@@ -136,7 +139,9 @@ class EngineCore:
             self._note("evict", PrefixTier.DEVICE, entry.ref)
         events, self._events = tuple(self._events), []
         prefixes, blocks = self._parts.prefixes, self._parts.blocks
-        decode = sum(len(row.token_ids) == 1 and row.start > 0 for row in plan.rows)
+        prompt_cache = self._parts.prompt_cache
+        num_asked_tokens, num_hit_tokens = prompt_cache.take_counts()
+        decode = sum(_is_decode(row) for row in plan.rows)
         return StepStats(
             duration_seconds=seconds,
             num_prefill_tokens=plan.num_tokens - decode,
@@ -150,10 +155,19 @@ class EngineCore:
             num_kv_blocks=blocks.capacity,
             num_kv_blocks_used=blocks.num_used,
             num_prefix_blocks=prefixes.num_blocks,
+            num_prompt_cache_blocks=prompt_cache.num_blocks,
+            num_idle_prompt_blocks=prompt_cache.num_evictable_blocks,
+            num_asked_tokens=num_asked_tokens,
+            num_hit_tokens=num_hit_tokens,
             device_prefix_bytes=prefixes.num_blocks * self._parts.block_bytes,
             resident_tasks=prefixes.tasks,
             events=events,
         )
+
+
+def _is_decode(row: ScheduledRow) -> bool:
+    """One token behind the prompt; a prompt's last token is prefill, however much of it was cached."""
+    return len(row.token_ids) == 1 and row.start >= len(row.sequence.request.prompt_token_ids)
 
 
 def _perform_calls(

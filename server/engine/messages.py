@@ -124,7 +124,8 @@ class ScheduledRow:
     """One sequence's share of a step: run own tokens `start`..`start + len(token_ids)`.
 
     The runner reads `sequence` for its sampling state only. `sample`: the last of these tokens is the last
-    known one, so its logits give the next. Tables are copies: they stay what they were when planned.
+    known one, so its logits give the next. Tables are copies: they stay what they were when planned. The first
+    `num_shared_blocks` of `block_ids` are the prompt cache's: read, never written, whatever becomes of the row.
     """
 
     sequence: Sequence
@@ -135,6 +136,7 @@ class ScheduledRow:
     first_position: int
     block_ids: tuple[int, ...]
     sample: bool
+    num_shared_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +182,4 @@ class SequenceOutput:
     error: str | None
     prefix_tier: PrefixTier
     queue_seconds: float | None
+    num_cached_tokens: int = 0

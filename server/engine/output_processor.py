@@ -109,6 +109,7 @@ class OutputProcessor:
             error=output.error,
             prefix_tier=output.prefix_tier,
             timings=self.timings,
+            num_cached_tokens=output.num_cached_tokens,
         )
 
     def fail(self, error: str, reason: FinishReason) -> list[RequestOutput]:

@@ -5,9 +5,11 @@ same calls give the same plans, so it can be simulated without a model.
 
 Policy, in order:
 1. running sequences go on: first those that decode one token, then those with prompt left to compute;
-2. a sequence that needs a block gets one by evicting idle prefixes, then by preempting the youngest;
+2. a sequence that needs a block gets one by evicting what is idle (`Room`), then by preempting the youngest;
 3. waiting sequences are admitted first come first served, all blocks or nothing. One whose prefix is not
-   at hand steps aside and does not hold up those behind it; one that finds no room does.
+   at hand, or whose next block of prompt is just being computed for another, steps aside and does not hold up
+   those behind it; one that finds no room does.
+What the prompt cache has of a sequence's tokens is not computed again, and costs nothing of a step's budget.
 The oldest sequence is never preempted for another, so there is always progress.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 from server.engine.messages import (
@@ -38,9 +40,12 @@ from server.engine.messages import (
     WarmPrefix,
 )
 from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.step_plan import StepPlan
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.pins import Pins
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
+from server.kvcache.room import Room
 from server.types import FinishReason, PinState, PrefixRef, PrefixTier
 
 
@@ -61,40 +66,25 @@ class SchedulerLimits:
         assert 0 <= self.pin_budget <= 1
 
 
-@dataclass(slots=True)
-class _Step:
-    """A plan being made. Rows are keyed by sequence, so that a preemption can take one back."""
-
-    budget: int
-    rows: dict[Sequence, ScheduledRow] = field(default_factory=dict)
-    prefix_requests: list[PrefixRef] = field(default_factory=list)
-    prefix_loads: list[PrefixLoad] = field(default_factory=list)
-    num_preemptions: int = 0
-    answers: list[Answer] = field(default_factory=list)
-
-    def finished_plan(self) -> SchedulerOutput:
-        return SchedulerOutput(
-            prefix_requests=tuple(self.prefix_requests),
-            prefix_loads=tuple(self.prefix_loads),
-            rows=tuple(self.rows.values()),
-            num_preemptions=self.num_preemptions,
-            answers=tuple(self.answers),
-        )
-
-
 class Scheduler:
-    """Owns every sequence, and through `blocks` and `prefixes` every block.
+    """Owns every sequence, and through `blocks`, `prefixes` and `prompt_cache` every block.
 
     Invariants: a sequence is in `_waiting` or `_running` or finished; it holds blocks and a lease exactly
     while running; a prefix is absent, loading, staged (host memory) or resident.
     """
 
     def __init__(
-        self, limits: SchedulerLimits, blocks: BlockPool, prefixes: ResidentPrefixes
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockPool,
+        prefixes: ResidentPrefixes,
+        prompt_cache: PromptCache,
     ) -> None:
         self._limits = limits
         self._blocks = blocks
         self._prefixes = prefixes
+        self._prompt_cache = prompt_cache
+        self._room = Room(blocks, prefixes, prompt_cache)
         self._pins = Pins(blocks, prefixes, int(blocks.capacity * limits.pin_budget))
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []
@@ -136,7 +126,7 @@ class Scheduler:
 
     def schedule(self, now: float, inbox: Iterable[Message] = ()) -> SchedulerOutput:
         """Takes in the messages and plans one step. May be empty of rows."""
-        step = _Step(self._limits.max_num_batched_tokens)
+        step = StepPlan(self._limits.max_num_batched_tokens)
         self._pins.expire(now)
         for message in inbox:
             self._receive(message, step, now)
@@ -146,7 +136,7 @@ class Scheduler:
         self._drop_unwanted()
         return step.finished_plan()
 
-    def _receive(self, message: Message, step: _Step, now: float) -> None:
+    def _receive(self, message: Message, step: StepPlan, now: float) -> None:
         match message:
             case AddRequest(request, seed, arrival):
                 for index in range(request.sampling.n):
@@ -168,7 +158,7 @@ class Scheduler:
             case _:
                 self._receive_order(message, step, now)
 
-    def _receive_order(self, message: Message, step: _Step, now: float) -> None:
+    def _receive_order(self, message: Message, step: StepPlan, now: float) -> None:
         """What operators ask for."""
         match message:
             case PinTask(ticket, ref, ttl):
@@ -179,9 +169,12 @@ class Scheduler:
             case UnpinTask(task):
                 self._pins.lift(task)
             case ReportDevice(ticket):
-                step.answers.append(Answer(ticket, self._pins.report(now)))
+                idle = self._prompt_cache.num_evictable_blocks
+                step.answers.append(Answer(ticket, self._pins.report(now, idle)))
 
-    def _answer_pin(self, ticket: int, ref: PrefixRef, state: PinState | None, step: _Step) -> None:
+    def _answer_pin(
+        self, ticket: int, ref: PrefixRef, state: PinState | None, step: StepPlan
+    ) -> None:
         if state is not None and state.refusal is None:
             self._make_warm(ref)
         step.answers.append(Answer(ticket, state))
@@ -219,21 +212,40 @@ class Scheduler:
 
     # ---- running sequences ---------------------------------------------------------------------
 
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: StepPlan) -> None:
         decoding = [s for s in self._running if s.num_uncomputed_tokens == 1]
         prefilling = [s for s in self._running if s.num_uncomputed_tokens > 1]
         for seq in decoding + prefilling:
             if step.budget == 0:
                 break
-            # An earlier sequence of this loop may have preempted this one, or its own growth may.
-            if seq.status is SequenceStatus.RUNNING and self._grow(seq, step):
-                self._add_row(seq, step)
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # an earlier sequence of this loop has preempted it
+            if seq.num_uncomputed_tokens > 1:
+                # Another may have computed meanwhile what this one has still before it.
+                self._count_hits(seq, 0, self._reuse(seq))
+            if self._grow(seq, step):
+                step.add_row(seq)
 
-    def _grow(self, seq: Sequence, step: _Step) -> bool:
+    def _reuse(self, seq: Sequence) -> int:
+        """Takes what the prompt cache has, but never the last token: its logits are wanted. Returns tokens gained."""
+        size, before = self._blocks.block_size, seq.num_computed_tokens
+        leased = self._prompt_cache.reuse(
+            seq.chain, seq.block_table, seq.token_ids, (seq.num_tokens - 1) // size
+        )
+        seq.num_computed_tokens = max(before, leased * size)
+        return seq.num_computed_tokens - before
+
+    def _count_hits(self, seq: Sequence, num_asked_tokens: int, num_hit_tokens: int) -> None:
+        """What a preempted sequence finds again was computed for itself, and is no hit."""
+        if seq.num_preemptions == 0:
+            seq.num_cached_tokens += num_hit_tokens
+            self._prompt_cache.count(num_asked_tokens, num_hit_tokens)
+
+    def _grow(self, seq: Sequence, step: StepPlan) -> bool:
         """Gives `seq` blocks for all its tokens; False if that cost it its own place."""
         needed = self._blocks.blocks_for(seq.num_tokens) - len(seq.block_table)
         while self._blocks.num_free < needed:
-            self._prefixes.make_room(needed)
+            self._room.make(needed)
             if self._blocks.num_free >= needed:
                 break
             victim = max(self._running, key=self._order.__getitem__)
@@ -243,14 +255,11 @@ class Scheduler:
         seq.block_table += self._blocks.allocate(max(0, needed))
         return True
 
-    def _preempt(self, seq: Sequence, step: _Step) -> None:
+    def _preempt(self, seq: Sequence, step: StepPlan) -> None:
         """Takes everything from a sequence; it will compute its tokens again."""
-        row = step.rows.pop(seq, None)
-        if row is not None:
-            step.budget += len(row.token_ids)
+        step.take_back(seq)
         self._give_back(seq)
         self._running.remove(seq)
-        seq.num_computed_tokens = 0
         seq.num_preemptions += 1
         seq.become(SequenceStatus.PREEMPTED)
         # Back to its place by arrival: those who came later stay behind it.
@@ -258,38 +267,28 @@ class Scheduler:
         self._waiting.insert(position, seq)
         step.num_preemptions += 1
 
-    def _add_row(self, seq: Sequence, step: _Step) -> None:
-        num_tokens = min(seq.num_uncomputed_tokens, step.budget)
-        start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
-        prefix = seq.request.prefix
-        step.rows[seq] = ScheduledRow(
-            sequence=seq,
-            token_ids=seq.token_ids(start, stop),
-            start=start,
-            prefix_block_ids=seq.lease.resident.block_ids if seq.lease else (),
-            num_virtual_tokens=seq.num_virtual_tokens,
-            first_position=prefix.first_position if prefix else 0,
-            block_ids=tuple(seq.block_table),
-            sample=stop == seq.num_tokens,
-        )
-        step.budget -= num_tokens
-
     # ---- waiting sequences ---------------------------------------------------------------------
 
-    def _admit_waiting(self, step: _Step, now: float) -> None:
+    def _admit_waiting(self, step: StepPlan, now: float) -> None:
         full = False
         for position, seq in enumerate(list(self._waiting)):
             full = full or step.budget == 0 or len(self._running) >= self._limits.max_num_seqs
             if full and position >= self._limits.max_num_seqs:
                 break
             # Those next in line have their prefixes loaded while they wait.
-            if self._prefix_at_hand(seq, step) and not full:
+            if self._prefix_at_hand(seq, step) and not full and not self._is_anticipated(seq, step):
                 full = not self._admit(seq, step, now)
+
+    def _is_anticipated(self, seq: Sequence, step: StepPlan) -> bool:
+        """Whether a row of this step computes the next block that the sequence would: it has it for nothing then."""
+        num_blocks = (seq.num_tokens - 1) // self._blocks.block_size
+        key = self._prompt_cache.missing_key(seq.chain, seq.token_ids, num_blocks)
+        return key is not None and step.computes(key)
 
     def _at_hand(self, digest: str) -> bool:
         return digest in self._prefixes or digest in self._staged
 
-    def _prefix_at_hand(self, seq: Sequence, step: _Step) -> bool:
+    def _prefix_at_hand(self, seq: Sequence, step: StepPlan) -> bool:
         """Whether the sequence could start; asks for its prefix, once, if not."""
         digest = seq.digest
         if digest is None:
@@ -305,7 +304,7 @@ class Scheduler:
             seq.become(SequenceStatus.WAITING_FOR_PREFIX)
         return False
 
-    def _request_prefix(self, ref: PrefixRef, step: _Step) -> None:
+    def _request_prefix(self, ref: PrefixRef, step: StepPlan) -> None:
         """Has a prefix loaded unless it already is, or too many are under way."""
         if self._may_request(ref.digest):
             self._loading.add(ref.digest)
@@ -315,9 +314,11 @@ class Scheduler:
         in_flight = len(self._loading) + len(self._staged)
         return digest not in self._loading and in_flight < self._limits.max_num_seqs
 
-    def _admit(self, seq: Sequence, step: _Step, now: float) -> bool:
+    def _admit(self, seq: Sequence, step: StepPlan, now: float) -> bool:
         """Moves a sequence to the running set with all its blocks, or leaves everything as it was."""
-        needed = self._blocks.blocks_for(seq.num_tokens)
+        self._reuse(seq)
+        num_reused = len(seq.block_table)
+        needed = self._blocks.blocks_for(seq.num_tokens) - num_reused
         digest = seq.digest
         if digest is not None and digest in self._prefixes:
             seq.lease = self._prefixes.acquire(digest)  # so that making room does not evict it
@@ -325,31 +326,33 @@ class Scheduler:
             needed += self._blocks.blocks_for(seq.num_virtual_tokens)
         # One block in reserve for each running sequence: else the next step would preempt the newcomer.
         if not self._make_room(needed, reserve=len(self._running)):
-            self._release(seq)
+            self._give_back(seq)
             if not self._running:
-                self._refuse_for_pins(seq, needed)
+                self._refuse_for_pins(seq, needed + num_reused)
             return False
         if digest is not None and seq.lease is None:
             assert seq.request.prefix is not None
             self._reserve(seq.request.prefix, step)
             seq.lease = self._prefixes.acquire(digest)
-        seq.block_table = self._blocks.allocate(self._blocks.blocks_for(seq.num_tokens))
+        own = self._blocks.blocks_for(seq.num_tokens) - num_reused
+        seq.block_table += self._blocks.allocate(own)
         self._waiting.remove(seq)
         self._running.append(seq)
         seq.become(SequenceStatus.RUNNING)
         if seq.first_scheduled is None:
             seq.first_scheduled = now
-        self._add_row(seq, step)
+            self._count_hits(seq, seq.num_tokens, seq.num_computed_tokens)
+        step.add_row(seq)
         return True
 
     def _make_room(self, needed: int, reserve: int) -> bool:
-        """Evicts idle prefixes until `needed` blocks are free; evicts none if that can not succeed."""
-        if self._blocks.num_free + self._prefixes.num_evictable_blocks < needed + reserve:
+        """Evicts what is idle until `needed` blocks are free; evicts none if that can not succeed."""
+        if self._room.num_blocks < needed + reserve:
             return False
-        self._prefixes.make_room(needed)
+        self._room.make(needed)
         return True
 
-    def _reserve(self, ref: PrefixRef, step: _Step) -> None:
+    def _reserve(self, ref: PrefixRef, step: StepPlan) -> None:
         """Staged -> resident: blocks now, tensors in the step being planned."""
         del self._staged[ref.digest]
         resident = self._prefixes.reserve(ref)
@@ -366,7 +369,7 @@ class Scheduler:
             f"of which pinned prefixes hold {self._prefixes.num_blocks}",
         )
 
-    def _load_warm(self, step: _Step) -> None:
+    def _load_warm(self, step: StepPlan) -> None:
         """Makes asked-for prefixes resident where there is room without disturbing a sequence."""
         for digest, ref in list(self._warm.items()):
             if digest not in self._staged:
@@ -401,27 +404,20 @@ class Scheduler:
         seq = row.sequence
         seq.num_computed_tokens += len(row.token_ids)
         if outcome.error is not None:
+            self._prompt_cache.drop(seq.chain)
             return self._end(seq, FinishReason.ERROR, error=outcome.error)
         if not row.sample:
             return None
         assert outcome.token_id is not None, "a sampling row has a token or an error"
+        # Only now: finite logits, that read them all, speak for the blocks. Those of answers are asked for again
+        # by the next turn of a conversation, and by this sequence after a preemption.
+        num_full = seq.num_computed_tokens // self._blocks.block_size
+        self._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
         seq.output_token_ids.append(outcome.token_id)
-        reason = self._finish_reason(seq)
+        reason = seq.finish_reason(self._limits.eos_token_ids)
         if reason is None:
             return self._output(seq, outcome.token_id)
         return self._end(seq, reason, token_id=outcome.token_id)
-
-    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
-        sampling = seq.request.sampling
-        last = seq.output_token_ids[-1]
-        is_eos = last in self._limits.eos_token_ids and not sampling.ignore_eos
-        if (is_eos or last in sampling.stop_token_ids) and (
-            len(seq.output_token_ids) > sampling.min_tokens
-        ):
-            return FinishReason.STOP
-        if len(seq.output_token_ids) >= sampling.max_tokens:
-            return FinishReason.LENGTH
-        return None
 
     def fail(self, plan: SchedulerOutput, error: str) -> list[SequenceOutput]:
         """The runner could not perform `plan`: its rows end, and prefixes it was to load are not trusted."""
@@ -466,12 +462,13 @@ class Scheduler:
             error=error,
             prefix_tier=seq.prefix_tier or PrefixTier.NONE,
             queue_seconds=None if started is None else started - seq.arrival,
+            num_cached_tokens=seq.num_cached_tokens,
         )
 
     def _give_back(self, seq: Sequence) -> None:
-        self._blocks.free(seq.block_table)
-        seq.block_table = []
+        self._prompt_cache.give_back(seq.chain, seq.block_table)
         self._release(seq)
+        seq.num_computed_tokens = 0
 
     def _release(self, seq: Sequence) -> None:
         if seq.lease is not None:
@@ -484,6 +481,7 @@ class Scheduler:
         """Recomputes the class invariants from scratch; for tests and the debug loop."""
         self._blocks.check_invariants()
         self._prefixes.check_invariants()
+        self._prompt_cache.check_invariants(seq.chain for seq in self._order)
         self._pins.check_invariants()
         wished = self._warm.keys() | {entry.ref.digest for entry in self._prefixes.entries()}
         assert self._pins.digests() <= wished, "a pinned prefix is neither resident nor on its way"
@@ -494,19 +492,24 @@ class Scheduler:
         assert orders == sorted(orders), "waiting sequences keep their order of arrival"
         assert all(s.status is SequenceStatus.RUNNING for s in self._running)
         assert all(not s.block_table and s.lease is None for s in self._waiting)
+        assert not any(s.chain.blocks or s.num_computed_tokens for s in self._waiting)
         for digest in [*self._loading, *self._staged]:
             assert digest not in self._prefixes, "a prefix is in one state"
         assert not self._loading & self._staged.keys()
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        owned = [b for s in self._running for b in s.block_table]
+        owned = [b for s in self._running for b in s.block_table[len(s.chain.blocks) :]]
         held = [b for e in self._prefixes.entries() for b in e.block_ids]
+        held += self._prompt_cache.block_ids()
         assert len(owned + held) == len(set(owned + held)), "a block has two owners"
         assert len(owned + held) == self._blocks.num_used, "a block leaked"
         leases = {e.ref.digest: 0 for e in self._prefixes.entries()}
         for seq in self._running:
             assert len(seq.block_table) >= self._blocks.blocks_for(seq.num_computed_tokens)
+            shared = [block.block_id for block in seq.chain.blocks]
+            assert seq.block_table[: len(shared)] == shared, "a leased block is not the one read"
+            assert len(shared) * self._blocks.block_size <= seq.num_computed_tokens
             assert (seq.lease is None) == (seq.digest is None)
             if seq.lease is not None:
                 assert seq.lease.resident.ref.digest == seq.digest, "a lease of another version"

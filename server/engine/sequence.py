@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from server.kvcache.prompt_cache import BlockChain
 from server.kvcache.resident_prefixes import PrefixLease
-from server.types import GenerationRequest, PrefixTier
+from server.types import FinishReason, GenerationRequest, PrefixTier
 
 
 class SequenceStatus(StrEnum):
@@ -39,7 +40,8 @@ class Sequence:
     """One choice (`index` of n) of a request.
 
     `num_computed_tokens`: own tokens (prompt and output) whose K/V is in `block_table`; tokens of the
-    prefix are counted nowhere here. `block_table` and `lease` are held exactly while RUNNING.
+    prefix are counted nowhere here. `block_table` and `lease` are held exactly while RUNNING; the table begins
+    with the blocks that `chain` leases from the prompt cache. `num_cached_tokens`: of the prompt, found there.
     `seed` is fixed when the request is submitted, so that a recompute samples the same tokens.
     """
 
@@ -51,10 +53,18 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    chain: BlockChain = field(init=False)
+    num_cached_tokens: int = 0
     lease: PrefixLease | None = None
     prefix_tier: PrefixTier | None = None
     first_scheduled: float | None = None
     num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        ref = self.request.prefix
+        self.chain = BlockChain.begin(
+            self.request.cache_salt, self.digest, ref.first_position if ref else 0
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +90,18 @@ class Sequence:
             return tuple(self.output_token_ids[start - len(prompt) : stop - len(prompt)])
         tail = self.output_token_ids[: max(0, stop - len(prompt))]
         return (*prompt[start:stop], *tail)
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why the sequence ends with its last token; None if it goes on."""
+        sampling, last = self.request.sampling, self.output_token_ids[-1]
+        is_eos = last in eos_token_ids and not sampling.ignore_eos
+        if (is_eos or last in sampling.stop_token_ids) and (
+            len(self.output_token_ids) > sampling.min_tokens
+        ):
+            return FinishReason.STOP
+        if len(self.output_token_ids) >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
 
     def become(self, status: SequenceStatus) -> None:
         """Changes the status along a legal edge."""

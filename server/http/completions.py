@@ -129,7 +129,7 @@ def usage(generation: Generation) -> dict[str, Any]:
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "prompt_tokens_details": {
-            "cached_tokens": 0,
+            "cached_tokens": generation.num_cached_tokens,
             "prefix_tokens": generation.target.num_virtual_tokens,
         },
     }

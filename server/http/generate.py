@@ -89,6 +89,7 @@ def _summary(generation: Generation) -> dict[str, Any]:
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prefix_tokens": generation.target.num_virtual_tokens,
+            "cached_tokens": generation.num_cached_tokens,
         },
         "prefix_tier": generation.prefix_tier,
         "timings": {

@@ -76,6 +76,7 @@ class Generation:
         self.choices = [Choice(index) for index in range(len(streams) * n)]
         self.timings = RequestTimings()
         self.prefix_tier = PrefixTier.NONE
+        self._num_cached = [0] * len(streams)
         self._streams = streams
         self._n = n
 
@@ -83,6 +84,13 @@ class Generation:
     def num_output_tokens(self) -> int:
         """Tokens of all choices so far."""
         return sum(choice.num_output_tokens for choice in self.choices)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were in the prompt cache. A prompt's first choice speaks for all of them: the
+        others find what it has computed.
+        """
+        return sum(self._num_cached)
 
     @property
     def finished(self) -> bool:
@@ -123,6 +131,8 @@ class Generation:
             raise PrefixUnavailable(output.error or "the prefix of this task can not be loaded")
         choice = self.choices[number * self._n + output.index]
         choice.take(output)
+        if output.index == 0:
+            self._num_cached[number] = output.num_cached_tokens
         self.timings = output.timings
         self.prefix_tier = output.prefix_tier
         return choice
@@ -219,6 +229,7 @@ async def _start(
             prefix=start.target.prefix,
             endpoint=start.endpoint,
             version_role=start.target.role,
+            cache_salt=start.fields.cache_salt or "",
         )
         for number, prompt in enumerate(prompts)
     ]

@@ -45,6 +45,9 @@ class SamplingFields(_Body):
     n: _Int | None = None
 
     user: str | None = None
+    cache_salt: Annotated[str, Field(max_length=128)] | None = Field(
+        default=None, description="Only requests with the same salt share cached prompts"
+    )
     stream: bool | None = None
     return_token_ids: bool | None = None
 

@@ -24,7 +24,16 @@ _OUR_MAX_TOKENS: Final = SamplingParams().max_tokens
 _SAMPLING_NAMES: Final = tuple(
     name
     for name in SamplingFields.model_fields
-    if name not in ("user", "stream", "return_token_ids", "stop", "stop_token_ids", "max_tokens")
+    if name
+    not in (
+        "user",
+        "cache_salt",
+        "stream",
+        "return_token_ids",
+        "stop",
+        "stop_token_ids",
+        "max_tokens",
+    )
 )
 
 

@@ -92,8 +92,8 @@ class Pins:
                 {n: p for n, p in self._pins.items() if p.expires_at is None or p.expires_at > now}
             )
 
-    def report(self, now: float) -> DeviceReport:
-        """The pool and what is resident in it, with the pins."""
+    def report(self, now: float, num_idle_blocks: int) -> DeviceReport:
+        """The pool and what is resident in it, with the pins. `num_idle_blocks` are held, and count as free."""
         residents = [
             Resident(
                 ref=entry.ref,
@@ -106,7 +106,7 @@ class Pins:
         ]
         return DeviceReport(
             num_blocks=self._blocks.capacity,
-            num_blocks_used=self._blocks.num_used,
+            num_blocks_used=self._blocks.num_used - num_idle_blocks,
             num_pinned_blocks=self.num_blocks,
             pin_budget_blocks=self.budget_blocks,
             residents=tuple(residents),

@@ -70,7 +70,7 @@ class ModelRunner:
     def _wipe_failed(
         self, rows: tuple[ScheduledRow, ...], outcomes: tuple[RowOutcome, ...]
     ) -> None:
-        """Zeroes the blocks of rows that went non-finite before another request gets them."""
+        """Zeroes the own blocks of rows that went non-finite before another request gets them."""
         for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is not None:
-                self._kv_cache.zero_blocks(row.block_ids)
+                self._kv_cache.zero_blocks(row.block_ids[row.num_shared_blocks :])

@@ -1,9 +1,10 @@
 """The second promise as an experiment: does a request give the same bits whatever happens around it?
 
-A pool of requests runs once alone: each with all blocks it may want and its whole prompt in one step. A trial then
-runs 2 to 32 of them together, arriving at random, in another pool, with other chunks and other block sizes, so that
-some are preempted and computed again; every token and every logit must be what it was alone. `test_independence.py`
-does a few hundred trials; `make independence` runs this file for a thousand, with as many threads as it is told.
+A pool of requests runs once alone: each with all blocks it may want, nothing cached, and its whole prompt in one step.
+A trial then runs 2 to 32 of them together, arriving at random, in another pool, with other chunks and other block sizes,
+so that some are preempted and computed again, and mostly with the prompt cache, so that many read what another has
+computed: prompts begin alike, and some requests come twice. Every token and every logit must be what it was alone.
+`test_independence.py` does a few hundred trials; `make independence` runs this file for a thousand, with as many threads as it is told.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -35,6 +36,7 @@ MODELS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 }
 _PREFIX_LENGTHS: Final = (1, 7, 37, 130)
 _POOL: Final = 36
+_AGAIN: Final = "+"  # ends the name of a request that came a second time
 # A token is known by its request and its place in the answer.
 Bits = Mapping[tuple[str, int], Tensor]
 
@@ -77,6 +79,7 @@ class Laboratory:
     dtype: torch.dtype
     num_preemptions: int = 0
     num_requests: int = 0
+    num_hit_tokens: int = 0
 
     def __post_init__(self) -> None:
         architecture, overrides = MODELS[self.model]
@@ -84,11 +87,16 @@ class Laboratory:
         loaded = adopt_model(self.module, model_id="tiny")
         rng = random.Random(self.model)
         prefixes = [random_prefix(loaded, n, seed=n) for n in _PREFIX_LENGTHS]
+        self._beginning = [rng.randrange(3, VOCAB) for _ in range(90)]
         self.jobs = [self._job(i, rng, prefixes) for i in range(_POOL)]
         self.alone: dict[tuple[str, int], Tensor] = {}
         for job in self.jobs:
             recorder = Recorder(
-                self.module, merged=True, prepacked=True, max_num_batched_tokens=512
+                self.module,
+                merged=True,
+                prepacked=True,
+                prompt_cache=False,
+                max_num_batched_tokens=512,
             )
             recorder.add(job.name, job.prompt, job.prefix, job.sampling, seed=len(job.prompt))
             recorder.run()
@@ -100,7 +108,9 @@ class Laboratory:
             temperature=rng.choice((0.0, 0.0, 0.8)),
             ignore_eos=True,
         )
-        prompt = [rng.randrange(3, VOCAB) for _ in range(rng.choice((1, 2, 5, 17, 90)))]
+        length = rng.choice((1, 2, 5, 17, 90))
+        own = [rng.randrange(3, VOCAB) for _ in range(length)]
+        prompt = (self._beginning[: rng.choice((0, 16, 48, 90))] + own)[:length]
         return Job(f"r{index}", prompt, rng.choice([*prefixes, None]), sampling)
 
     def trial(self, seed: int) -> str | None:
@@ -115,25 +125,29 @@ class Laboratory:
             self.module,
             merged=True,
             prepacked=True,
+            prompt_cache=rng.random() < 0.8,
             num_blocks=rng.choice((tight, tight, tight, 4000 // block_size)),
             block_size=block_size,
             max_num_seqs=min(budget, rng.choice((3, 32, 32))),
             max_num_batched_tokens=budget,
         )
-        for job in jobs:
+        again = [replace(job, name=job.name + _AGAIN) for job in rng.sample(jobs, len(jobs) // 4)]
+        for job in (*jobs, *again):
             recorder.add(job.name, job.prompt, job.prefix, job.sampling, seed=len(job.prompt))
             for _ in range(rng.choice((0, 0, 0, 0, 0, 4))):
                 recorder.step()
         recorder.run(max_steps=5000)
         self.num_preemptions += recorder.num_preemptions
-        self.num_requests += len(jobs)
-        return self._difference(recorder.logits, jobs)
+        self.num_requests += len(jobs) + len(again)
+        self.num_hit_tokens += recorder.num_hit_tokens
+        return self._difference(recorder.logits, [*jobs, *again])
 
     def _difference(self, found: Bits, jobs: list[Job]) -> str | None:
         """The first token whose logits are not those of its request alone. Equal logits give equal tokens."""
         for job in jobs:
             for place in range(job.sampling.max_tokens):
-                ours, alone = found.get((job.name, place)), self.alone[job.name, place]
+                ours = found.get((job.name, place))
+                alone = self.alone[job.name.removesuffix(_AGAIN), place]
                 if ours is None:
                     return f"{job.name} has no token {place}"
                 if not torch.equal(ours, alone):
@@ -160,8 +174,9 @@ def main() -> int:
             print(f"trial {options.seed + number}, {laboratory.model} {laboratory.dtype}: {fault}")
     requests = sum(lab.num_requests for lab in laboratories)
     preempted = sum(lab.num_preemptions for lab in laboratories)
+    hits = sum(lab.num_hit_tokens for lab in laboratories)
     print(
-        f"{options.trials} trials, {requests} requests, {preempted} preemptions, "
+        f"{options.trials} trials, {requests} requests, {preempted} preemptions, {hits} cached tokens, "
         f"{torch.get_num_threads()} threads: {faults} trials with a difference"
     )
     return 1 if faults else 0

@@ -13,7 +13,7 @@ TRIALS = 26
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_request_gives_the_same_logits_alone_and_in_any_batch_chunked_and_preempted(
+def test_a_request_gives_the_same_logits_alone_and_in_any_batch_chunked_preempted_and_cached(
     model: str, dtype: torch.dtype
 ) -> None:
     laboratory = Laboratory(model, dtype)
@@ -22,6 +22,7 @@ def test_a_request_gives_the_same_logits_alone_and_in_any_batch_chunked_and_pree
 
     assert {seed: fault for seed, fault in faults.items() if fault is not None} == {}
     assert laboratory.num_preemptions >= 5, "too few preemptions to prove anything"
+    assert laboratory.num_hit_tokens >= 500, "too few cached tokens to prove anything"
 
 
 def test_the_experiment_notices_one_bit() -> None:

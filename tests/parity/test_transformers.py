@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 
+from prefix_store.artifact import Prefix
+from server.engine.messages import ScheduledRow
 from server.model.attention import make_attention_backend
 from server.model.loader import adopt_model
 from server.model.self_check import self_check
@@ -44,7 +46,8 @@ def test_tokens_equal_those_of_transformers_for_every_prefix_length(
         harness.add(str(p), _prompt(p, 9 + p % 7), prefix, GREEDY)
 
     assert {k: v for (k, _), v in harness.run().items()} == expected
-    assert harness.blocks.num_used == harness.resident.num_blocks, "a request kept blocks"
+    idle = harness.cached.num_evictable_blocks
+    assert harness.blocks.num_used - idle == harness.resident.num_blocks, "a request kept blocks"
 
 
 @pytest.mark.gpu
@@ -141,6 +144,53 @@ def test_a_long_prompt_is_the_same_in_chunks_of_any_size() -> None:
         assert harness.run()["a", 0] == expected
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prompts_that_begin_alike_give_the_tokens_of_transformers_from_the_cache(
+    architecture: str,
+) -> None:
+    """Behind a prefix of no whole blocks, behind none, as the next turn of a conversation, and the very same prompt."""
+    module = tiny_model(architecture)
+    model = adopt_model(module, model_id="tiny")
+    prefix, system = random_prefix(model, 37, seed=37), _prompt(3, 48)
+    asked: list[tuple[str, Prefix | None, list[int], int]] = []
+    for name, behind in (("task ", prefix), ("base ", None)):
+        first = [*system, 7, 8, 9]
+        then = [*first, *generate_with_transformers(module, first, behind, 12), *_prompt(4, 5)]
+        asked += [
+            (name + "first", behind, first, 0),
+            (name + "same", behind, system, 32),
+            (name + "other", behind, [*system, 11], 48),
+            (name + "then", behind, then, 48),
+        ]
+    expected = {
+        name: generate_with_transformers(module, prompt, behind, 12)
+        for name, behind, prompt, _ in asked
+    }
+
+    harness = Harness(module, prepacked=True)
+    for name, behind, prompt, num_cached_tokens in asked:
+        harness.add(name, prompt, behind, GREEDY)
+        assert harness.run()[name, 0] == expected[name], name
+        assert harness.finished[name, 0].num_cached_tokens == num_cached_tokens
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_the_next_turn_reads_the_answer_from_the_cache(architecture: str) -> None:
+    module = tiny_model(architecture)
+    first = _prompt(3, 21)
+    greedy = SamplingParams(max_tokens=40, temperature=0.0)
+    expected = generate_with_transformers(module, first, None, 40)
+    then = [*first, *expected, 5]
+    expected_then = generate_with_transformers(module, then, None, 40)
+
+    harness = Harness(module, prepacked=True)
+    harness.add("first", first, None, greedy)
+    assert harness.run()["first", 0] == expected
+    harness.add("then", then, None, greedy)
+    assert harness.run()["then", 0] == expected_then
+    assert harness.finished["then", 0].num_cached_tokens == 48, "21 of the prompt, 27 of the answer"
+
+
 def test_replacing_and_evicting_a_version_does_not_touch_requests_that_began_with_it() -> None:
     module = tiny_model("llama")
     model = adopt_model(module, model_id="tiny")
@@ -187,3 +237,33 @@ def test_a_row_that_goes_non_finite_fails_alone_and_leaves_nothing_behind() -> N
     assert tokens["good", 0] == expected
     assert tokens["later", 0] == expected
     assert bool(torch.isfinite(good.values[1]).all())
+
+
+def test_a_row_that_fails_leaves_the_blocks_that_it_shared_as_they_were() -> None:
+    """Its own blocks are wiped. Whoever reads the shared ones goes on; newcomers compute them anew."""
+    module = tiny_model("llama")
+    system = _prompt(3, 48)
+    sampling = SamplingParams(max_tokens=20, temperature=0.0)
+    expected = generate_with_transformers(module, [*system, 5], None, 20)
+
+    harness = Harness(module)
+    harness.add("reader", [*system, 5], None, sampling)
+    harness.step()
+    forward = harness.runner.forward
+
+    def failing(rows: tuple[ScheduledRow, ...]) -> torch.Tensor:
+        logits = forward(rows)
+        sampled = [row.sequence.request.request_id for row in rows if row.sample]
+        logits[[name == "bad" for name in sampled]] = float("nan")
+        return logits
+
+    harness.runner.forward = failing  # type: ignore[method-assign] # one row's fault is injected
+    harness.add("bad", [*system, 6], None, sampling)
+    harness.run()
+    assert harness.finished["bad", 0].finish_reason == "error"
+    assert harness.finished["bad", 0].num_cached_tokens == 48
+    assert harness.tokens["reader", 0] == expected
+
+    harness.add("later", [*system, 5], None, sampling)
+    assert harness.run()["later", 0] == expected
+    assert harness.finished["later", 0].num_cached_tokens == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from server.model.base_spec import base_spec
 from server.model.loader import load_model
 from server.model.merged_linear import MergedPart
 from server.model.prepacked_linear import PrepackedLinear
+from server.types import GenerationRequest, RequestOutput, SamplingParams
 
 
 @pytest.fixture
@@ -75,3 +77,29 @@ def test_a_cpu_serves_merged_and_prepacked_weights_under_the_fingerprint_of_the_
     assert {MergedPart, PrepackedLinear} <= kinds
     assert serving.base.fingerprint == base_spec(plain).fingerprint
     assert serving.model.weight_bytes == plain.weight_bytes
+
+
+@pytest.mark.parametrize(("prompt_cache", "expected"), [(True, 48), (False, 0)])
+def test_the_prompt_cache_is_on_unless_it_is_switched_off(
+    prompt_cache: bool, expected: int, tmp_path: Path
+) -> None:
+    config = ServeConfig(store=tmp_path / "store", device="cpu", prompt_cache=prompt_cache)
+    engine = build_engine(config, Metrics()).engine
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+
+    async def answer(name: str) -> RequestOutput:
+        stream = engine.submit(GenerationRequest(name, tuple(range(10, 60)), sampling))
+        [output] = [output async for output in stream]
+        return output
+
+    async def scenario() -> tuple[RequestOutput, RequestOutput]:
+        await engine.start()
+        try:
+            return await answer("first"), await answer("second")
+        finally:
+            await engine.stop()
+
+    first, second = asyncio.run(scenario())
+
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, expected)
+    assert first.token_ids == second.token_ids

@@ -16,7 +16,8 @@ METRIC_NAMES = {
     "kv_cache_blocks", "kv_cache_usage_ratio", "memory_bytes", "model_load_duration_seconds", "preemptions",
     "prefill_time_seconds", "prefix_cache_bytes", "prefix_cache_capacity_bytes",
     "prefix_cache_entries", "prefix_cache_evictions", "prefix_cache_lookups",
-    "prefix_load_duration_seconds", "prefix_load_failures", "prefix_resident", "prompt_tokens",
+    "prefix_load_duration_seconds", "prefix_load_failures", "prefix_resident", "prompt_cache_blocks",
+    "prompt_cache_hit_tokens", "prompt_cache_query_tokens", "prompt_tokens",
     "queue_time_seconds", "ready", "request_duration_seconds", "request_generation_tokens",
     "request_prompt_tokens", "requests", "requests_running", "requests_waiting",
     "step_duration_seconds", "task_version_failures", "task_version_first_token_seconds",
@@ -52,6 +53,10 @@ def step(**changes: object) -> StepStats:
         "num_kv_blocks": 100,
         "num_kv_blocks_used": 40,
         "num_prefix_blocks": 15,
+        "num_prompt_cache_blocks": 8,
+        "num_idle_prompt_blocks": 5,
+        "num_asked_tokens": 40,
+        "num_hit_tokens": 16,
         "device_prefix_bytes": 4096,
         "resident_tasks": ("poet",),
     }
@@ -229,12 +234,12 @@ def test_a_step_sets_the_gauges() -> None:
     assert value(metrics, "requests_running") == 3
     assert value(metrics, "requests_waiting", reason="capacity") == 1
     assert value(metrics, "requests_waiting", reason="prefix_load") == 2
-    assert value(metrics, "kv_cache_usage_ratio") == 0.4
-    assert [value(metrics, "kv_cache_blocks", state=s) for s in ("prefix", "request", "free")] == [
-        15,
-        25,
-        60,
-    ]
+    assert value(metrics, "kv_cache_usage_ratio") == 0.35, "idle prompt blocks count as room"
+    states = ("prefix", "request", "prompt_cache", "free")
+    assert [value(metrics, "kv_cache_blocks", state=s) for s in states] == [15, 20, 5, 60]
+    assert value(metrics, "prompt_cache_blocks") == 8
+    assert value(metrics, "prompt_cache_query_tokens_total") == 40
+    assert value(metrics, "prompt_cache_hit_tokens_total") == 16
     assert value(metrics, "prefix_cache_bytes", tier="device") == 4096
     assert value(metrics, "batch_tokens_sum") == 32
 

@@ -2,8 +2,9 @@
 
 Computing a token writes hash(token, position, word before it) through the row's block table; the next token
 is a hash of every word of prefix and own tokens, read back through the tables. A wrong block, a stale slot,
-a use after free or another prefix version changes the tokens. `oracle` is the same function without
-batches, blocks or memory. Hashes of tuples of ints do not depend on PYTHONHASHSEED.
+a use after free, another prefix version or a block of another salt (each salt has words of its own here) changes
+the tokens. `oracle` is the same function without batches, blocks or memory. Hashes of tuples of ints do not depend
+on PYTHONHASHSEED.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from server.types import GenerationRequest, PrefixRef
 VOCAB: Final = 61
 EOS: Final = frozenset({7})
 ROW_ERROR: Final = "this row was chosen to fail"
-_POISON: Final = -0x7EAD_7EAD_7EAD_7EAD
+POISON: Final = -0x7EAD_7EAD_7EAD_7EAD
+WIPED: Final = 0
 _NOTHING_BEFORE: Final = 0x5EED
 
 
@@ -42,6 +44,11 @@ def word_of(token_id: int, position: int, before: int) -> int:
     return hash((token_id, position, before))
 
 
+def salted(before: int, request: GenerationRequest) -> int:
+    """What stands before the first own token: salts are numbers here, and count as one more word."""
+    return hash((before, int(request.cache_salt)))
+
+
 def next_token(words: Iterable[int], request: GenerationRequest, seed: int, num_output: int) -> int:
     """The "model": every word counts, the seed counts. Keeps `min_tokens`, as the sampler does."""
     token_id = hash((seed, *words)) % VOCAB
@@ -55,11 +62,13 @@ def oracle(request: GenerationRequest, index: int, seed: int) -> list[int]:
     """All tokens of one choice, generated alone."""
     ref, sampling = request.prefix, request.sampling
     words = list(prefix_words(ref.digest, ref.num_virtual_tokens)) if ref else []
+    before = salted(words[-1] if words else _NOTHING_BEFORE, request)
     position = ref.first_position if ref else 0
     feed, output = list(request.prompt_token_ids), list[int]()
     while True:
         for token_id in feed:
-            words.append(word_of(token_id, position, words[-1] if words else _NOTHING_BEFORE))
+            before = word_of(token_id, position, before)
+            words.append(before)
             position += 1
         output.append(next_token(words, request, seed + index, len(output)))
         stops = output[-1] in sampling.stop_token_ids
@@ -74,14 +83,14 @@ class PoisoningBlockPool(BlockPool):
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         super().__init__(num_blocks, block_size)
-        self.memory = array("q", [_POISON]) * (num_blocks * block_size)
+        self.memory = array("q", [POISON]) * (num_blocks * block_size)
 
     def free(self, block_ids: Iterable[int]) -> None:
         freed = list(block_ids)
         super().free(freed)
         for block_id in freed:
             start = block_id * self.block_size
-            self.memory[start : start + self.block_size] = array("q", [_POISON]) * self.block_size
+            self.memory[start : start + self.block_size] = array("q", [POISON]) * self.block_size
 
 
 class HashRunner:
@@ -130,6 +139,7 @@ class HashRunner:
             self._memory[self._slot(row.block_ids, i)] = before
         if self._faults.random() < self.row_error_rate:
             self.num_row_errors += 1
+            self._wipe(row.block_ids[row.num_shared_blocks :])
             return RowOutcome(error=ROW_ERROR)
         if not row.sample:
             return RowOutcome()
@@ -141,9 +151,16 @@ class HashRunner:
     def _word_before(self, row: ScheduledRow) -> int:
         if row.start > 0:
             return self._memory[self._slot(row.block_ids, row.start - 1)]
-        if row.num_virtual_tokens > 0:
-            return self._memory[self._slot(row.prefix_block_ids, row.num_virtual_tokens - 1)]
-        return _NOTHING_BEFORE
+        request, last = row.sequence.request, row.num_virtual_tokens - 1
+        if last < 0:
+            return salted(_NOTHING_BEFORE, request)
+        return salted(self._memory[self._slot(row.prefix_block_ids, last)], request)
+
+    def _wipe(self, block_ids: tuple[int, ...]) -> None:
+        """As `ModelRunner` does with a row that failed."""
+        for block_id in block_ids:
+            start = block_id * self._block_size
+            self._memory[start : start + self._block_size] = array("q", [WIPED]) * self._block_size
 
     def _slot(self, block_ids: tuple[int, ...], index: int) -> int:
         return block_ids[index // self._block_size] * self._block_size + index % self._block_size

@@ -15,8 +15,10 @@ import pytest
 from server.engine.messages import EvictPrefix, PrefixReady, RowOutcome
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.step_plan import StepPlan
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.pins import Pin, Pins
+from server.kvcache.prompt_cache import BlockChain, PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefix, ResidentPrefixes
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -202,6 +204,195 @@ def sleeps_while_a_prefix_could_be_asked_for(original: Any, scheduler: Any) -> b
     return any(s.digest is None or scheduler._at_hand(s.digest) for s in scheduler._waiting)
 
 
+# ---- the prompt cache --------------------------------------------------------------------------
+
+
+def _begin_with(seq: Sequence, **parts: Any) -> None:
+    ref = seq.request.prefix
+    known = {
+        "salt": seq.request.cache_salt,
+        "digest": seq.digest,
+        "first_position": ref.first_position if ref else 0,
+    }
+    seq.chain = BlockChain.begin(**(known | parts))
+
+
+@_bug(Sequence, "__post_init__")
+def cached_blocks_are_found_across_salts(original: Any, seq: Sequence) -> None:
+    _begin_with(seq, salt="")
+
+
+@_bug(Sequence, "__post_init__")
+def cached_blocks_are_found_across_prefixes(original: Any, seq: Sequence) -> None:
+    _begin_with(seq, digest=None)
+
+
+@_bug(Sequence, "__post_init__")
+def cached_blocks_are_found_by_the_name_of_the_task(original: Any, seq: Sequence) -> None:
+    _begin_with(seq, digest=seq.request.prefix.task if seq.request.prefix else None)
+
+
+@_bug(BlockChain, "key")
+def key_is_of_the_blocks_own_tokens_only(
+    original: Any, chain: Any, index: int, tokens: Any, size: int
+) -> Any:
+    start = index * size
+    root = BlockChain(chain.keys[:1])
+    found = original(root, 0, lambda a, b: tokens(start + a, start + b), size)
+    chain.keys[index + 1 :] = [found]
+    return found
+
+
+@_bug(Scheduler, "_reuse")
+def last_token_is_served_from_the_cache(original: Any, scheduler: Any, seq: Sequence) -> int:
+    size, before = scheduler._blocks.block_size, seq.num_computed_tokens
+    leased = scheduler._prompt_cache.reuse(
+        seq.chain, seq.block_table, seq.token_ids, seq.num_tokens // size
+    )
+    seq.num_computed_tokens = max(before, leased * size)
+    return seq.num_computed_tokens - before
+
+
+@_bug(Scheduler, "_admit")
+def blocks_are_cached_before_they_are_computed(
+    original: Any, scheduler: Any, seq: Sequence, step: Any, now: float
+) -> bool:
+    admitted: bool = original(scheduler, seq, step, now)
+    if admitted:
+        num_full = seq.num_tokens // scheduler._blocks.block_size
+        scheduler._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
+    return admitted
+
+
+@_bug(Scheduler, "_admit")
+def reused_tokens_are_counted_one_block_too_many(
+    original: Any, scheduler: Any, seq: Sequence, step: Any, now: float
+) -> bool:
+    admitted: bool = original(scheduler, seq, step, now)
+    row = step.rows.get(seq)
+    if admitted and row is not None and row.num_shared_blocks and len(row.token_ids) > 1:
+        step.rows[seq] = dataclasses.replace(row, start=row.start + 1, token_ids=row.token_ids[1:])
+    return admitted
+
+
+@_bug(Scheduler, "_commit_row")
+def failed_row_leaves_its_blocks_in_the_cache(
+    original: Any, scheduler: Any, row: Any, outcome: RowOutcome
+) -> Any:
+    output = original(scheduler, row, outcome)
+    if outcome.error is not None:
+        seq, size = row.sequence, scheduler._blocks.block_size
+        num_full = min((row.start + len(row.token_ids)) // size, scheduler._blocks.num_free)
+        table = scheduler._blocks.allocate(num_full)
+        scheduler._prompt_cache.enter(seq.chain, table, seq.token_ids, num_full)
+        scheduler._prompt_cache.give_back(seq.chain, table)
+    return output
+
+
+@_bug(PromptCache, "drop")
+def what_a_failed_row_read_stays_in_the_cache(original: Any, cache: Any, chain: Any) -> None:
+    pass
+
+
+@_bug(PromptCache, "drop")
+def dropped_blocks_are_freed_under_their_readers(original: Any, cache: Any, chain: Any) -> None:
+    original(cache, chain)
+    for entry in cache._dropped:
+        cache._blocks.free([entry.block_id])
+    cache._dropped.clear()
+
+
+@_bug(PromptCache, "drop")
+def what_stands_on_dropped_blocks_stays(original: Any, cache: Any, chain: Any) -> None:
+    for entry in chain.blocks:
+        entry.children.intersection_update(chain.blocks)
+    original(cache, chain)
+
+
+@_bug(PromptCache, "_is_cut_off")
+def blocks_are_cached_behind_dropped_ones(original: Any, cache: Any, chain: Any) -> bool:
+    return False
+
+
+@_bug(PromptCache, "give_back")
+def shared_blocks_are_freed_with_their_first_reader(
+    original: Any, cache: Any, chain: Any, table: Any
+) -> None:
+    cache._blocks.free(table)
+    table.clear()
+    while chain.blocks:
+        cache._release(chain.blocks.pop())
+
+
+@_bug(PromptCache, "give_back")
+def leases_on_cached_blocks_are_kept(original: Any, cache: Any, chain: Any, table: Any) -> None:
+    cache._blocks.free(table[len(chain.blocks) :])
+    table.clear()
+    chain.blocks.clear()
+
+
+@_bug(PromptCache, "_release")
+def a_block_counts_as_idle_while_another_reads_it(original: Any, cache: Any, entry: Any) -> None:
+    original(cache, entry)
+    if not entry.dropped:
+        cache._idle[entry.key] = entry
+
+
+@_bug(PromptCache, "make_room")
+def evicted_block_can_still_be_found(original: Any, cache: Any, num_blocks: int) -> None:
+    before = dict(cache._entries)
+    original(cache, num_blocks)
+    cache._entries.update(before)
+
+
+@_bug(PromptCache, "make_room")
+def newest_blocks_are_evicted_first(original: Any, cache: Any, num_blocks: int) -> None:
+    while cache._idle and cache._blocks.num_free < num_blocks:
+        key, entry = cache._idle.popitem(last=True)
+        del cache._entries[key]
+        if entry.parent is not None:
+            entry.parent.children.remove(entry)
+        cache._blocks.free([entry.block_id])
+
+
+@_bug(PromptCache, "num_evictable_blocks")
+def blocks_that_are_read_count_as_room(original: Any, cache: Any) -> int:
+    return len(cache._entries)
+
+
+@_bug(PromptCache, "_lease")
+def own_block_is_kept_beside_the_cached_one(
+    original: Any, cache: Any, entry: Any, chain: Any, table: Any
+) -> None:
+    index = len(chain.blocks)
+    own = table[index : index + 1]
+    entry.num_leases += 1
+    cache._idle.pop(entry.key, None)
+    chain.blocks.append(entry)
+    table[index : index + 1] = own or [entry.block_id]
+
+
+@_bug(StepPlan, "add_row")
+def cached_blocks_are_wiped_when_a_reader_fails(original: Any, step: Any, seq: Sequence) -> None:
+    original(step, seq)
+    step.rows[seq] = dataclasses.replace(step.rows[seq], num_shared_blocks=0)
+
+
+@_bug(Scheduler, "_is_anticipated")
+def everyone_waits_for_a_block_that_nobody_computes(
+    original: Any, scheduler: Any, seq: Sequence, step: Any
+) -> bool:
+    num_blocks = (seq.num_tokens - 1) // scheduler._blocks.block_size
+    return scheduler._prompt_cache.missing_key(seq.chain, seq.token_ids, num_blocks) is not None
+
+
+@_bug(Scheduler, "_reuse")
+def hits_are_counted_again_at_each_try(original: Any, scheduler: Any, seq: Sequence) -> int:
+    num_reused: int = original(scheduler, seq)
+    seq.num_cached_tokens += num_reused
+    return num_reused
+
+
 # ---- sequences ---------------------------------------------------------------------------------
 
 
@@ -252,14 +443,14 @@ def last_output_is_given_twice(
     return output
 
 
-@_bug(Scheduler, "_finish_reason")
-def max_tokens_is_off_by_one(original: Any, scheduler: Any, seq: Sequence) -> Any:
-    if len(seq.output_token_ids) == seq.request.sampling.max_tokens:
+@_bug(Sequence, "finish_reason")
+def max_tokens_is_off_by_one(original: Any, seq: Sequence, eos_token_ids: Any) -> Any:
+    if len(seq.output_token_ids) == seq.request.sampling.max_tokens > 1:
         last = seq.output_token_ids.pop()
-        reason = original(scheduler, seq)
+        reason = original(seq, eos_token_ids)
         seq.output_token_ids.append(last)
         return reason
-    return original(scheduler, seq)
+    return original(seq, eos_token_ids)
 
 
 @_bug(Sequence, "token_ids")
@@ -273,19 +464,15 @@ def chunk_over_the_end_of_the_prompt_repeats_a_token(
     return tokens
 
 
-@_bug(Scheduler, "_add_row")
-def chunk_samples_before_its_last_token(
-    original: Any, scheduler: Any, seq: Sequence, step: Any
-) -> None:
-    original(scheduler, seq, step)
+@_bug(StepPlan, "add_row")
+def chunk_samples_before_its_last_token(original: Any, step: Any, seq: Sequence) -> None:
+    original(step, seq)
     step.rows[seq] = dataclasses.replace(step.rows[seq], sample=True)
 
 
-@_bug(Scheduler, "_add_row")
-def positions_start_at_the_prefix_length(
-    original: Any, scheduler: Any, seq: Sequence, step: Any
-) -> None:
-    original(scheduler, seq, step)
+@_bug(StepPlan, "add_row")
+def positions_start_at_the_prefix_length(original: Any, step: Any, seq: Sequence) -> None:
+    original(step, seq)
     step.rows[seq] = dataclasses.replace(step.rows[seq], first_position=seq.num_virtual_tokens)
 
 
@@ -309,21 +496,25 @@ def youngest_goes_on_at_the_cost_of_the_oldest(
 
 
 @_bug(Scheduler, "_receive")
-def choices_share_one_seed(original: Any, scheduler: Any, message: Any) -> None:
-    original(scheduler, message)
+def choices_share_one_seed(original: Any, scheduler: Any, message: Any, *rest: Any) -> None:
+    original(scheduler, message, *rest)
     for seq in scheduler._waiting:
         seq.seed -= seq.index if seq.first_scheduled is None and seq.index == 2 else 0
 
 
 @_bug(Scheduler, "_receive")
-def evict_order_also_forgets_a_load_under_way(original: Any, scheduler: Any, message: Any) -> None:
-    original(scheduler, message)
+def evict_order_also_forgets_a_load_under_way(
+    original: Any, scheduler: Any, message: Any, *rest: Any
+) -> None:
+    original(scheduler, message, *rest)
     if isinstance(message, EvictPrefix):
         scheduler._loading.discard(message.digest)
 
 
 @_bug(Scheduler, "_receive")
-def answer_that_nobody_asked_for_is_staged(original: Any, scheduler: Any, message: Any) -> None:
-    original(scheduler, message)
+def answer_that_nobody_asked_for_is_staged(
+    original: Any, scheduler: Any, message: Any, *rest: Any
+) -> None:
+    original(scheduler, message, *rest)
     if isinstance(message, PrefixReady) and scheduler._waiting:
         scheduler._loading.add(message.digest)

@@ -1,6 +1,6 @@
 """One simulated engine and its clients: random operations by seed, every promise checked after every step.
 
-Real Scheduler, BlockPool, ResidentPrefixes and EngineCore; `HashRunner` instead of a model, a list of due
+Real Scheduler, BlockPool, ResidentPrefixes, PromptCache and EngineCore; `HashRunner` instead of a model, a list of due
 times instead of threads. The world steps the core as `AsyncEngine` does: when there is a message, or when
 the core says that it has work. If neither is so and a request is still open, the engine has stalled.
 """
@@ -23,6 +23,7 @@ from server.engine.messages import (
     FollowPin,
     Message,
     PinTask,
+    ScheduledRow,
     SchedulerOutput,
     SequenceOutput,
     UnpinTask,
@@ -31,6 +32,7 @@ from server.engine.messages import (
 from server.engine.prefetch import PrefixAnswer, PrefixLoaded, PrefixLoadFailed
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence, SequenceStatus
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.types import (
     FinishReason,
@@ -42,8 +44,10 @@ from server.types import (
 )
 from tests.simulation.hash_runner import (
     EOS,
+    POISON,
     ROW_ERROR,
     VOCAB,
+    WIPED,
     HashRunner,
     PoisoningBlockPool,
     oracle,
@@ -78,6 +82,9 @@ class Scenario:
     load_error_rate: float
     row_error_rate: float
     step_error_rate: float
+    prompt_cache: bool
+    num_salts: int
+    beginnings: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def draw(rng: random.Random) -> Scenario:
@@ -108,16 +115,24 @@ class Scenario:
             load_error_rate=rng.choice([0.0, 0.1, 0.4]) if faulty else 0.0,
             row_error_rate=rng.choice([0.0, 0.01]) if faulty else 0.0,
             step_error_rate=rng.choice([0.0, 0.01, 0.1]) if faulty else 0.0,
+            prompt_cache=rng.random() < 0.85,
+            num_salts=rng.choice([1, 1, 2]),
+            beginnings=tuple(
+                tuple(rng.randrange(VOCAB) for _ in range(max_own_tokens))
+                for _ in range(rng.choice([1, 2]))
+            ),
         )
 
 
 class _ObservedScheduler(Scheduler):
-    """The real scheduler, keeping the plan of the last step for the checks."""
+    """The real scheduler, keeping the plan of the last step, and what was cached then, for the checks."""
 
     plan: SchedulerOutput
+    cached_block_ids: set[int]
 
     def schedule(self, now: float, inbox: object = ()) -> SchedulerOutput:
         self.plan = super().schedule(now, inbox)  # type: ignore[arg-type]
+        self.cached_block_ids = self._prompt_cache.block_ids()
         return self.plan
 
 
@@ -140,12 +155,16 @@ class World:
         self.blocks = PoisoningBlockPool(s.num_blocks, s.block_size)
         self.prefixes = ResidentPrefixes(self.blocks)
         self.runner = HashRunner(self.blocks, rng, s.row_error_rate, s.step_error_rate)
+        self.prompt_cache = PromptCache(self.blocks, enabled=s.prompt_cache)
         self.scheduler = _ObservedScheduler(
             SchedulerLimits(s.max_num_seqs, s.max_num_batched_tokens, EOS, s.pin_budget),
             self.blocks,
             self.prefixes,
+            self.prompt_cache,
         )
-        parts = EngineParts(self.scheduler, self.blocks, self.prefixes, self.runner, 1)
+        parts = EngineParts(
+            self.scheduler, self.blocks, self.prefixes, self.prompt_cache, self.runner, 1
+        )
         self.core = EngineCore(parts, self._request_prefix, lambda: float(self.now), debug=True)
         self.now = 0
         self.trace = 0
@@ -159,6 +178,12 @@ class World:
         self._open: dict[tuple[str, int], _Open] = {}
         self._loads: list[tuple[int, PrefixRef]] = []
         self._loaded_before: set[str] = set()
+        self._told: list[
+            tuple[GenerationRequest, tuple[int, ...]]
+        ] = []  # requests and their answers
+        self._asked_before: dict[
+            str, int
+        ] = {}  # tokens of a prompt that stood before an answer in it
         self._inbox: list[Message | PrefixAnswer] = []
 
     # ---- operations ----------------------------------------------------------------------------
@@ -218,9 +243,16 @@ class World:
             ignore_eos=rng.random() < 0.3,
             n=rng.choice([1, 1, 1, 2, 3]),
         )
-        prompt = tuple(rng.randrange(VOCAB) for _ in range(own - max_tokens))
         ref = rng.choice([*s.tasks, None])
-        return GenerationRequest(str(self._next_id), prompt, sampling, ref)
+        beginning = rng.choice(s.beginnings)
+        if self._told and rng.random() < 0.3:  # the next turn of a conversation
+            before, answer = rng.choice(self._told)
+            ref, beginning = before.prefix, before.prompt_token_ids + answer
+            self._asked_before[str(self._next_id)] = len(before.prompt_token_ids)
+        kept = beginning[: rng.choice([0, rng.randint(0, own), own])]
+        prompt = (*kept, *(rng.randrange(VOCAB) for _ in range(own)))[: own - max_tokens]
+        salt = str(rng.randrange(s.num_salts))
+        return GenerationRequest(str(self._next_id), prompt, sampling, ref, cache_salt=salt)
 
     def _random_pin_order(self, ref: PrefixRef) -> Message:
         ttl = self._rng.choice([None, 1, 5, 40])
@@ -280,6 +312,7 @@ class World:
         self._check_pins(pinned, inbox, plan)
         self._check_preemptions(before)
         self._check_plan(plan)
+        self._check_failed(plan, result)
         for output in result.outputs:
             self._take(output)
         for message in inbox:
@@ -371,17 +404,48 @@ class World:
             assert row.token_ids, "a row without tokens"
             known = len(row.sequence.request.prompt_token_ids) + len(row.sequence.output_token_ids)
             assert row.start + len(row.token_ids) <= known
+            self._check_writes(row)
+        self._count_reuse(plan)
+
+    def _check_writes(self, row: ScheduledRow) -> None:
+        """What the prompt cache holds is never written, nor wiped if the row fails."""
+        size = self.scenario.block_size
+        written = row.block_ids[row.start // size : -(-(row.start + len(row.token_ids)) // size)]
+        own = row.block_ids[row.num_shared_blocks :]
+        assert not self.scheduler.cached_block_ids & {*written, *own}, "a shared block is written"
+
+    def _count_reuse(self, plan: SchedulerOutput) -> None:
+        size = self.scenario.block_size
+        for row in plan.rows:
+            seq, prompt = row.sequence, row.sequence.request.prompt_token_ids
+            if seq.num_preemptions and row.start == row.num_shared_blocks * size > 0:
+                self.seen["found again after a preemption"] += len(row.token_ids) > 1
+            elif row.start == seq.num_cached_tokens > 0:
+                self.seen["cache hit"] += 1
+                self.seen["cache hit up to the last block"] += row.start + size == len(prompt)
+                asked_before = self._asked_before.get(seq.request.request_id, len(prompt))
+                self.seen["cache hit in an answer"] += seq.num_cached_tokens > asked_before
+
+    def _check_failed(self, plan: SchedulerOutput, result: StepResult) -> None:
+        """What a failed row read or wrote can not be found any more."""
+        ended = {(o.request_id, o.index): o.error for o in result.outputs if o.error is not None}
+        entries = {entry.block_id for entry in self.prompt_cache._entries.values()}
+        for row in plan.rows:
+            if (row.sequence.request.request_id, row.sequence.index) in ended:
+                assert not entries & set(row.block_ids), "a failed row's block is still cached"
 
     def _take(self, output: SequenceOutput) -> None:
         key = (output.request_id, output.index)
         assert key in self._open, "an output after the last one"
         choice = self._open[key]
+        assert 0 <= output.num_cached_tokens < len(choice.request.prompt_token_ids)
         if output.token_id is not None:
             choice.tokens.append(output.token_id)
         if output.finish_reason is None:
             assert output.token_id is not None, "an output that says nothing"
             return
         del self._open[key]
+        self._told = [*self._told[-4:], (choice.request, tuple(choice.tokens))]
         self.seen[f"finished: {output.finish_reason}"] += 1
         self._check_tokens(choice, output)
 
@@ -420,6 +484,7 @@ class World:
         assert pinned > 0 or self._step_broke, "refused though nothing is pinned"
 
     def _record(self, plan: SchedulerOutput, result: StepResult) -> None:
+        self.seen["blocks dropped"] += len(self.prompt_cache._dropped) > 0
         self.seen["preemption"] += plan.num_preemptions
         self.seen["eviction"] += sum(e.kind == "evict" for e in result.stats.events)
         self.seen["prefix load"] += len(plan.prefix_loads)
@@ -438,6 +503,13 @@ class World:
         )
         self.trace = hash((self.trace, self.now, rows, outputs))
 
+    def _check_cached_words(self) -> None:
+        """Nothing that was freed or wiped is in the cache, also if nobody came to read it."""
+        size = self.scenario.block_size
+        for block_id in self.prompt_cache.block_ids():
+            words = self.blocks.memory[block_id * size : (block_id + 1) * size]
+            assert not {POISON, WIPED} & set(words), "a cached block is not what was computed"
+
     def _check_rest(self) -> None:
         assert self.scheduler.num_running == 0
         assert not self.scheduler._order, "a sequence is left"
@@ -445,7 +517,13 @@ class World:
         assert not self.scheduler._loading, "a load is waited for that was answered"
         assert not self.scheduler._warm, "a prefix was to be warmed and was forgotten"
         assert not self.core._staged, "tensors are left in host memory"
-        assert self.blocks.num_used == self.prefixes.num_blocks, "blocks are left"
+        cached = self.prompt_cache.num_blocks
+        assert cached == self.prompt_cache.num_evictable_blocks, (
+            "a cached block has a reader at rest"
+        )
+        assert self.blocks.num_used == self.prefixes.num_blocks + cached, "blocks are left"
+        self._check_cached_words()
+        self.prompt_cache.make_room(self.blocks.capacity)
         self._inbox += [EvictPrefix(entry.ref.digest) for entry in self.prefixes.entries()]
         self.turn()
         assert self.blocks.num_used == 0, "a prefix could not be evicted at rest"

@@ -31,6 +31,7 @@ from server.errors import (
     RequestError,
 )
 from server.kvcache.block_pool import BlockPool
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.types import (
     FinishReason,
@@ -130,9 +131,10 @@ def with_engine(tokenizer: Tokenizer, scenario: Callable[[Bench], Awaitable[None
         blocks = BlockPool(41, 4)
         prefixes = ResidentPrefixes(blocks)
         runner, observer = ScriptRunner(tokenizer.encode(SCRIPT)), Observer()
-        scheduler = Scheduler(SchedulerLimits(4, 16), blocks, prefixes)
+        prompt_cache = PromptCache(blocks, enabled=False)
+        scheduler = Scheduler(SchedulerLimits(4, 16), blocks, prefixes, prompt_cache)
         engine = AsyncEngine(
-            EngineParts(scheduler, blocks, prefixes, runner, 1),
+            EngineParts(scheduler, blocks, prefixes, prompt_cache, runner, 1),
             tokenizer,
             Source(),
             EngineLimits(

@@ -24,6 +24,7 @@ from server.engine.messages import (
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
 from server.kvcache.block_pool import BlockPool
+from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.types import (
     DeviceReport,
@@ -52,11 +53,13 @@ class Driver:
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 32,
         pin_budget: float = 1.0,
+        cached: bool = False,
     ) -> None:
         self.blocks = BlockPool(num_blocks, block_size)
         self.prefixes = ResidentPrefixes(self.blocks)
         limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, frozenset({EOS}), pin_budget)
-        self.scheduler = Scheduler(limits, self.blocks, self.prefixes)
+        self.prompt_cache = PromptCache(self.blocks, enabled=cached)
+        self.scheduler = Scheduler(limits, self.blocks, self.prefixes, self.prompt_cache)
         self.inbox: list[Message] = []
         self.ended: dict[str, SequenceOutput] = {}
         self.now = 0.0

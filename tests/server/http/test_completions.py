@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.errors import ContextTooLong, EngineStopped
-from server.types import FinishReason, RequestOutput
+from server.types import FinishReason, GenerationRequest, RequestOutput
 from tests.server.http.fakes import FakeEngine, failed, make_app, words
 
 BODY = {"model": "poet", "prompt": "hi"}
@@ -416,3 +417,36 @@ def test_a_stop_reason_is_told(client: TestClient, engine: FakeEngine) -> None:
     (choice,) = complete(client)["choices"]
 
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "END")
+
+
+def test_cached_tokens_are_those_of_each_prompts_first_choice(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    """The other choices find what the first has computed: that is no saving to tell a client of."""
+
+    def script(request: GenerationRequest) -> list[RequestOutput]:
+        return [
+            dataclasses.replace(output, num_cached_tokens=(1, 64)[output.index])
+            for output in words(request, "a")
+        ]
+
+    engine.script = script
+    answer = client.post("/v1/completions", json={**BODY, "prompt": ["hi", "ho"], "n": 2}).json()
+
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+
+
+def test_a_cache_salt_reaches_the_engine_and_is_bounded(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    assert client.post("/v1/completions", json={**BODY, "cache_salt": "team-7"}).is_success
+    assert client.post("/v1/completions", json={**BODY, "cache_salt": None}).is_success
+    assert [request.cache_salt for request in engine.requests] == ["team-7", ""]
+
+    for salt in ("x" * 129, 7):
+        refused = client.post("/v1/completions", json={**BODY, "cache_salt": salt})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "cache_salt"
+    body = json.dumps(BODY)[:-1] + ', "cache_salt": "\\ud800"}'
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/completions", content=body, headers=headers).status_code == 400

@@ -29,6 +29,7 @@ def test_one_choice_stands_in_the_answer_itself(client: TestClient) -> None:
             "completion_tokens": 3,
             "total_tokens": 5,
             "prefix_tokens": 3,
+            "cached_tokens": 0,
         },
         "prefix_tier": "device",
         "timings": {"queue_seconds": 0.001, "first_token_seconds": 0.002, "total_seconds": 0.003},

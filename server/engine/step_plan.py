@@ -1,0 +1,66 @@
+"""A step's plan while the scheduler makes it: rows that can be taken back, and the budget that they use.
+
+Owned by the engine thread; made and filled by the scheduler for each step, which decides what goes in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.engine.messages import Answer, PrefixLoad, ScheduledRow, SchedulerOutput
+from server.engine.sequence import Sequence
+from server.types import PrefixRef
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """`budget`: own tokens that the step can still take. Rows are keyed by sequence: a preemption takes one back."""
+
+    budget: int
+    rows: dict[Sequence, ScheduledRow] = field(default_factory=dict)
+    prefix_requests: list[PrefixRef] = field(default_factory=list)
+    prefix_loads: list[PrefixLoad] = field(default_factory=list)
+    num_preemptions: int = 0
+    answers: list[Answer] = field(default_factory=list)
+
+    def add_row(self, seq: Sequence) -> None:
+        """As many of the sequence's tokens as the budget allows; it has blocks for all of them."""
+        num_tokens = min(seq.num_uncomputed_tokens, self.budget)
+        start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+        prefix = seq.request.prefix
+        self.rows[seq] = ScheduledRow(
+            sequence=seq,
+            token_ids=seq.token_ids(start, stop),
+            start=start,
+            prefix_block_ids=seq.lease.resident.block_ids if seq.lease else (),
+            num_virtual_tokens=seq.num_virtual_tokens,
+            first_position=prefix.first_position if prefix else 0,
+            block_ids=tuple(seq.block_table),
+            sample=stop == seq.num_tokens,
+            num_shared_blocks=len(seq.chain.blocks),
+        )
+        self.budget -= num_tokens
+
+    def take_back(self, seq: Sequence) -> None:
+        """The sequence does not run in this step after all."""
+        row = self.rows.pop(seq, None)
+        if row is not None:
+            self.budget += len(row.token_ids)
+
+    def computes(self, key: bytes) -> bool:
+        """Whether a row is on its way to the block of tokens with this key, to enter it into the prompt cache."""
+        return any(
+            key in seq.chain.keys[len(seq.chain.blocks) + 1 :]
+            for seq, row in self.rows.items()
+            if len(row.token_ids) > 1
+        )
+
+    def finished_plan(self) -> SchedulerOutput:
+        """What the runner is given."""
+        return SchedulerOutput(
+            prefix_requests=tuple(self.prefix_requests),
+            prefix_loads=tuple(self.prefix_loads),
+            rows=tuple(self.rows.values()),
+            num_preemptions=self.num_preemptions,
+            answers=tuple(self.answers),
+        )
