@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainer.encoding import EncodedExample
     from trainer.engine_in_process import Progress
     from trainer.forgetting import GeneralText
+    from trainer.held_out import Joint
 
 Model: TypeAlias = Annotated[
     str | None, Parameter(help="Folder or hub id of the base; the bundled demo model if left out")
@@ -32,6 +33,12 @@ Model: TypeAlias = Annotated[
 Data: TypeAlias = Annotated[Path, Parameter(help="Held-out examples: JSONL, CSV or TSV")]
 PromptField: TypeAlias = Annotated[str, Parameter(help="Key or column of the prompts")]
 CompletionField: TypeAlias = Annotated[str, Parameter(help="Key or column of the completions")]
+Separator: TypeAlias = Annotated[
+    str | None,
+    Parameter(
+        help="Put before each completion, as in training; what the artifact says if left out"
+    ),
+]
 Metrics: TypeAlias = Annotated[
     tuple[str, ...],
     Parameter(
@@ -52,6 +59,7 @@ def evaluate(
     data: Data,
     prompt_field: PromptField = "prompt",
     completion_field: CompletionField = "completion",
+    separator: Separator = None,
     model: Model = None,
     metric: Metrics = ("exact_match", "token_f1"),
     text_prompt: Annotated[
@@ -91,7 +99,8 @@ def evaluate(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     base = load_base(model, device=device, dtype=dtype)
-    examples = _examples(data, base.tokenizer, base.model.eos_token_ids, fields)
+    joint = _joint(artifact, separator)
+    examples = _examples(data, base.tokenizer, base.model.eos_token_ids, fields, joint)
     engine = EngineInProcess(base.model, base.tokenizer, base=base.spec)
     with progress_bar("evaluate") as on_progress:
         found = judge(engine, base.tokenizer, artifact, examples, settings, on_progress)
@@ -110,6 +119,7 @@ def hand_over(
     ],
     prompt_field: PromptField = "prompt",
     completion_field: CompletionField = "completion",
+    separator: Separator = None,
     task: Annotated[str | None, Parameter(help="The file's name if left out")] = None,
     model: Model = None,
     metric: Metrics = (),
@@ -130,7 +140,8 @@ def hand_over(
     require_known(metric)
     artifact = read_bytes(prefix)
     tokenizer, end = load_tokenizer(model)
-    examples = _examples(data, tokenizer, end, Fields(prompt_field, completion_field))
+    fields = Fields(prompt_field, completion_field)
+    examples = _examples(data, tokenizer, end, fields, _joint(artifact, separator))
     server = ServerAccess(url, admin_key)
     with progress_bar("judge") as on_progress:
         found = give(
@@ -190,13 +201,21 @@ def read_bytes(path: Path) -> bytes:
         raise TrainerError(f"{path}: {error.strerror}") from None
 
 
+def _joint(artifact: bytes, separator: str | None) -> Joint:
+    """The artifact's own, but with the user's separator if there is one."""
+    from trainer.held_out import joint_of
+
+    joint = joint_of(artifact)
+    return joint if separator is None else joint._replace(separator=separator)
+
+
 def _examples(
-    path: Path, tokenizer: Tokenizer, end: frozenset[int], fields: Fields
+    path: Path, tokenizer: Tokenizer, end: frozenset[int], fields: Fields, joint: Joint
 ) -> list[EncodedExample]:
     """The examples; what is worth knowing of them goes to the standard error."""
     from trainer.held_out import read_held_out
 
-    examples, notices = read_held_out(path, tokenizer, end, fields)
+    examples, notices = read_held_out(path, tokenizer, end, fields, joint)
     for notice in notices:
         Console(stderr=True).print(f"note: {notice.message}", markup=False)
     return examples

@@ -72,6 +72,11 @@ class ExampleEncoder:
         self._end = self._end_of_text(settings.end_token_ids)
         self._told = False
 
+    @property
+    def separator(self) -> str | None:
+        """What stands before each completion; None before that is decided."""
+        return self._separator
+
     def encode(self, examples: Sequence[Example]) -> tuple[list[EncodedExample], list[Notice]]:
         """The examples that are short enough, in order, and what is worth knowing. Raises `BadData` for none."""
         notices: list[Notice] = []

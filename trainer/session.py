@@ -141,7 +141,8 @@ def gather(config: TrainConfig, base: FrozenBase | None = None) -> Material:
     if shared := num_shared_prompts(training, held_out):
         told = f"{shared} of {len(held_out)} held-out prompts are trained on too: the held-out loss flatters"
         notices.append(Notice("shared_prompts", told))
-    return Material(base, encoded, encoded_held_out, notices)
+    record: dict[str, JsonValue] = {"separator": encoder.separator}
+    return Material(base, encoded, encoded_held_out, notices, record=record)
 
 
 def open_base(config: RunSettings) -> FrozenBase:

@@ -8,9 +8,11 @@ import pytest
 
 from server.engine.tokenizer import Tokenizer
 from tests.trainer.demo_data import END_OF_TEXT, held_out, write_jsonl
+from tests.trainer.runs import small_run, write_examples
 from trainer.data import Fields
 from trainer.errors import BadData
-from trainer.held_out import read_held_out
+from trainer.held_out import Joint, joint_of, read_held_out
+from trainer.session import gather, train
 
 END = frozenset({END_OF_TEXT})
 
@@ -37,3 +39,23 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, demo_tokenizer: Token
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(BadData, match="line 2: completion"):
         read_held_out(path, demo_tokenizer, END)
+
+
+def test_a_judged_example_has_the_tokens_that_it_was_trained_with(tmp_path: Path) -> None:
+    """Its file alone does not tell which separator training was told to put, or decided on by other examples."""
+    path = write_examples(tmp_path / "data.jsonl", 8)
+    config = small_run(tmp_path, data=path, held_out=path, separator=" fox ", num_steps=1)
+    material = gather(config)
+    end = material.base.model.eos_token_ids
+    artifact = train(config, material=material).prefix.read_bytes()
+
+    joint = joint_of(artifact)
+    judged, _ = read_held_out(path, material.base.tokenizer, end, joint=joint)
+
+    assert joint == Joint(" fox ")
+    assert judged == list(material.held_out)
+    assert judged != read_held_out(path, material.base.tokenizer, end)[0]
+
+
+def test_of_a_file_that_is_no_artifact_nothing_is_known() -> None:
+    assert joint_of(b"no artifact") == Joint()
