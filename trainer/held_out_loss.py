@@ -4,8 +4,10 @@ by the sweep, which needs each example's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Final
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +18,8 @@ from trainer.encoding import EncodedExample
 from trainer.loss import Objective, widened
 from trainer.metrics import Rows
 from trainer.prefix_cache import KeyValues
+
+_GROUPS: Final = 8  # of examples, whose differences tell how sure their mean is
 
 
 @torch.no_grad()
@@ -54,18 +58,32 @@ def nats_by_example(
     return found
 
 
-def with_other_prompts(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+def with_other_prompts(
+    examples: Sequence[EncodedExample], room: int | None
+) -> list[EncodedExample]:
     """The same completions, each behind the next example's prompt: what shows whether prompts matter at all.
 
-    No pair is longer than the longest example is: of a prompt that leaves less room, the end is taken. A long prompt
-    before a long completion may otherwise be more than the model has positions for.
+    `room`: tokens that the model has positions for behind the prefix, None for no limit. Each example fits, but a long prompt
+    before another's long completion may not; of such a prompt the end is taken.
     """
-    longest = max(example.num_tokens for example in examples)
     others = [*examples[1:], examples[0]]
     return [
         replace(
             example,
-            prompt_token_ids=other.prompt_token_ids[len(example.completion_token_ids) - longest :],
+            prompt_token_ids=other.prompt_token_ids
+            if room is None
+            else other.prompt_token_ids[len(example.completion_token_ids) - room :],
         )
         for example, other in zip(examples, others, strict=True)
     ]
+
+
+def gap_error(
+    loss_of: Callable[[Sequence[EncodedExample]], float],
+    examples: Sequence[EncodedExample],
+    others: Sequence[EncodedExample],
+) -> float:
+    """Standard error of the difference of two losses over the same completions, of two examples or more."""
+    count = min(_GROUPS, len(examples))
+    gaps = [loss_of(others[i::count]) - loss_of(examples[i::count]) for i in range(count)]
+    return float(torch.tensor(gaps, dtype=torch.float64).std()) / math.sqrt(count)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from trainer.records import LOSS_OTHER_PROMPT, NOT_METRICS, Record
+from trainer.records import LOSS_OTHER_PROMPT, LOSS_OTHER_PROMPT_ERROR, NOT_METRICS, Record
 
 Points: TypeAlias = tuple[tuple[int, float], ...]
 """(step, value), by rising step. A value may be NaN or infinite."""
@@ -66,6 +66,10 @@ class History:
 
     def loss_other_prompt(self) -> Points:
         return points(self.held_out, LOSS_OTHER_PROMPT)
+
+    def loss_other_prompt_error(self) -> Points:
+        """Of logs that are older than the error none."""
+        return points(self.held_out, LOSS_OTHER_PROMPT_ERROR)
 
     def metrics(self) -> dict[str, Points]:
         """The generated metrics, by name."""

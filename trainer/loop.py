@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from trainer.config import DEFAULT_NUM_EVALUATIONS, LOSS, TrainConfig
 from trainer.encoding import EncodedExample
 from trainer.errors import BadSetting, Diverged
 from trainer.gradients import StepLoss, add_gradients
-from trainer.held_out_loss import mean_loss, with_other_prompts
+from trainer.held_out_loss import gap_error, mean_loss, with_other_prompts
 from trainer.inspection import Inspection
 from trainer.loss import Objective, next_token_loss
 from trainer.prefix_cache import KeyValues
@@ -233,8 +234,12 @@ class Loop:
         }
         first_or_last = stale or progress.step in (0, self.num_steps)
         if first_or_last and len(self.held_out) > 1:
-            others = with_other_prompts(self.held_out)
-            record["loss_other_prompt"] = self._held_out_loss(prefix, others)
+            limit = self.base.spec.position_limit
+            room = None if limit is None else limit - prefix.num_virtual_tokens
+            others = with_other_prompts(self.held_out, room)
+            loss_of = partial(self._held_out_loss, prefix)
+            record["loss_other_prompt"] = loss_of(others)
+            record["loss_other_prompt_error"] = gap_error(loss_of, self.held_out, others)
         self._tell(record)
         self._tell(self._inspection.look(progress.step, prefix))
         return stale

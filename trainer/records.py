@@ -20,8 +20,11 @@ Record: TypeAlias = Mapping[str, Any]
 """Any line of the log. Kinds and fields that a reader does not know are passed over, not refused."""
 
 LOSS_OTHER_PROMPT: Final = "loss_other_prompt"
+LOSS_OTHER_PROMPT_ERROR: Final = "loss_other_prompt_error"
 _WITH_STEP: Final = frozenset({"step", "held_out", "prefix"})
-NOT_METRICS: Final = frozenset({"kind", "step", "loss", "seconds", LOSS_OTHER_PROMPT})
+NOT_METRICS: Final = frozenset(
+    {"kind", "step", "loss", "seconds", LOSS_OTHER_PROMPT, LOSS_OTHER_PROMPT_ERROR}
+)
 
 
 class MalformedLog(TrainerError):
@@ -66,13 +69,15 @@ class HeldOutRecord(TypedDict):
     """Loss on the held-out data after `step` steps (0: before the first); generated metrics stand beside it.
 
     `loss_other_prompt`: the same with each completion behind another example's prompt. Where it is no higher
-    than `loss`, the completions do not depend on their prompts. Measured before the first step and at the end.
+    than `loss`, the completions do not depend on their prompts; `loss_other_prompt_error` is the standard error of
+    the difference. Measured before the first step and at the end.
     """
 
     kind: Literal["held_out"]
     step: int
     loss: float
     loss_other_prompt: NotRequired[float]
+    loss_other_prompt_error: NotRequired[float]
 
 
 class PrefixRecord(TypedDict):

@@ -30,6 +30,7 @@ class SyntheticRun:
     train: Callable[[float], float] = SOLVED_TRAINING
     held: Callable[[float], float] = SOLVED_HELD_OUT
     gap: tuple[float, float] | None = (3.5, 4.0)
+    gap_error: float = 0.0
     noise: float = 0.02
     learning_rate: float = 5e-3
     key_growth: float = 1.1
@@ -99,6 +100,7 @@ class SyntheticRun:
         held: dict[str, Any] = {"kind": "held_out", "step": step, "loss": self.held(done)}
         if self.gap is not None and step in (0, self.num_steps):
             held["loss_other_prompt"] = held["loss"] + self.gap[step > 0]
+            held["loss_other_prompt_error"] = self.gap_error
         return [held | (self.metrics or {}), self._prefix(step, done)]
 
     def _prefix(self, step: int, done: float) -> dict[str, Any]:

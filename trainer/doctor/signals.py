@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, pstdev
-from typing import Final
+from typing import Final, NamedTuple
 
 from trainer.history import History, Points, per_layer, points
 from trainer.records import Record
 
 MIN_STEPS: Final = 20  # fewer steps have no trend that could be told from noise
+_ERRORS: Final = 2  # standard errors that chance explains
 _WINDOW: Final = 0.2  # of the steps: what "at first" and "at last" mean for the training loss
 
 
@@ -50,7 +51,7 @@ class Signals:
     fifth of the steps; `train_at_best`: the fifth that ends where the held-out loss was best. `bend`: how steeply the
     held-out loss fell per unit of learning rate spent, in the last third over the whole; 1 is a straight line, near
     0 has settled. `prompt_gap_first`, `_last`: by how much a completion is more probable behind its own prompt than
-    behind another's; `prompt_share_most`: the most that this was of the loss at the same step. `moved`: median over the layers of the prefix's relative way from its start.
+    behind another's; `prompt_share_most`: the most that this was of the loss at the same step, less what chance explains. `moved`: median over the layers of the prefix's relative way from its start.
     """
 
     num_steps: int
@@ -96,9 +97,9 @@ def measure(history: History) -> Signals:
         train_last=_window(train, 1.0 - _WINDOW, 1.0),
         train_at_best=None if best is None else _window_before(train, best[0]),
         bend=_bend(held, points(history.steps, "learning_rate")),
-        prompt_gap_first=gaps[0][0] if gaps else None,
-        prompt_gap_last=gaps[-1][0] if gaps else None,
-        prompt_share_most=max((gap / loss for gap, loss in gaps if loss > 0), default=None),
+        prompt_gap_first=gaps[0].mean if gaps else None,
+        prompt_gap_last=gaps[-1].mean if gaps else None,
+        prompt_share_most=max((g.certain / g.loss for g in gaps if g.loss > 0), default=None),
         moved=_moved(history),
         key_ratio=_ratios(history, "key_norms"),
         value_ratio=_ratios(history, "value_norms"),
@@ -148,11 +149,29 @@ def _bend(held: Points, rates: Points) -> float | None:
     return (late[0][1] - late[-1][1]) / (late[-1][0] - late[0][0]) / whole
 
 
-def _prompt_gaps(history: History) -> list[tuple[float, float]]:
-    """(by how much the loss is higher behind another prompt, the loss), where both were measured."""
+class _PromptGap(NamedTuple):
+    """By how much the loss is higher behind another prompt, the standard error of that, and the loss."""
+
+    mean: float
+    error: float
+    loss: float
+
+    @property
+    def certain(self) -> float:
+        """What is left when chance had its part."""
+        return self.mean - _ERRORS * self.error
+
+
+def _prompt_gaps(history: History) -> list[_PromptGap]:
+    """Where both were measured."""
     other = dict(_finite(history.loss_other_prompt()))
+    errors = dict(_finite(history.loss_other_prompt_error()))
     held = _finite(history.held_out_loss())
-    return [(other[step] - loss, loss) for step, loss in held if step in other]
+    return [
+        _PromptGap(other[step] - loss, errors.get(step, 0.0), loss)
+        for step, loss in held
+        if step in other
+    ]
 
 
 # ---- layers ----------------------------------------------------------------------------------------

@@ -134,6 +134,15 @@ def test_completions_that_never_depended_on_their_prompts_are_a_task_mismatch() 
     assert "3.62 nats a token, and at 3.42" in finding.evidence
 
 
+@pytest.mark.parametrize(("error", "named"), [(0.3, True), (0.05, False)])
+def test_prompts_that_matter_no_more_than_chance_explains_do_not_matter(
+    error: float, named: bool
+) -> None:
+    flat = settling(8, 3.2)
+    run = replace(SANE, train=flat, held=flat, gap=(0.1, 0.4), gap_error=error)
+    assert ("task_mismatch" in names(run)) == named
+
+
 def test_data_with_a_single_prompt_is_no_task_mismatch() -> None:
     run = replace(SANE, train=settling(8, 3.2), held=settling(8, 3.2), gap=(0.0, 0.0))
     records = run.records()
@@ -218,7 +227,7 @@ def test_a_spike_is_named_by_its_own_step_whatever_losses_are_missing() -> None:
         elif record["kind"] == "step" and record["step"] in (100, 101, 102):
             record["loss"] = 6.0
     [finding] = [f for f in found(SANE, records) if f.name is Failure.LOSS_SPIKES]
-    assert "jumped 1 times; at step 100 from" in finding.evidence
+    assert "jumped 1 time; at step 100 from" in finding.evidence
 
 
 def test_a_jump_that_is_worked_off_slowly_is_a_spike() -> None:

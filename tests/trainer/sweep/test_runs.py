@@ -184,14 +184,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path:
     assert [summary.complete for summary in result.summaries] == [True, True]
 
 
-@pytest.mark.parametrize(
-    ("warmup", "told"),
-    [(0.9, "Diverged: step"), (0.0, "RuntimeError: value cannot be converted")],
-    ids=["the trainer says so", "torch says so"],
-)
-def test_a_run_that_fails_is_told_and_the_others_go_on(
-    tmp_path: Path, warmup: float, told: str
-) -> None:
+@pytest.mark.parametrize("warmup", [0.9, 0.0], ids=["on the way up", "at once"])
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path, warmup: float) -> None:
     config = small_sweep(
         tmp_path, learning_rate=[0.02, 1e38], num_virtual_tokens=[2], warmup_fraction=warmup
     )
@@ -202,7 +196,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert good.complete
     [failed] = bad.outcomes
     assert failed.state == "failed"
-    assert told in (failed.error or "")
+    assert "Diverged: step" in (failed.error or "")
     assert result.pick is not None
     assert result.pick.picked == good
     assert stored(result)["runs"][1]["error"] == failed.error
