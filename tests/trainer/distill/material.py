@@ -87,7 +87,7 @@ def demo_distillation(directory: Path, **settings: Any) -> DistillConfig:
         "output": directory / "run",
         "device": "cpu",
         "num_conversations": 64,
-        "held_out_fraction": 0.2,
+        "held_out_fraction": 0.33,
         "max_message_tokens": 10,
         "max_answer_tokens": 12,
         "stop": (".",),
