@@ -252,12 +252,12 @@ def plots(found: Mapping[str, Any], grid: Grid) -> dict[str, bytes]:
     wanted = {
         "low_data.png": (
             found.get("low_data"),
-            f"Exact match by training examples, {grid.low_data_task}",
+            f"Few examples, {grid.low_data_task}",
             "training examples",
         ),
         "lengths.png": (
             found.get("lengths"),
-            "Exact match by prefix length, direct prefixes",
+            "Prefix lengths, direct",
             "virtual tokens",
         ),
     }
