@@ -47,6 +47,7 @@ class HttpServer:
             *("--model", str(model_dir), "--device", "cpu", "--store", str(directory / "store")),
             *("--kv-cache-bytes", str(kv_cache_bytes), "--num-threads", str(threads)),
             *("--admin-key", _ADMIN_KEY),
+            "--no-prompt-cache",  # rounds repeat the same prompts, and each is to compute them
         ]
         started = time.perf_counter()
         with self._log.open("wb") as log:

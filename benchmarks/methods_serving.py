@@ -1,7 +1,7 @@
 """What serving T tasks costs with each method: 32 requests at once, spread evenly, in one process with all cores.
 
-* **prefixes, and soft prompts**, which are prefixes once baked: prefixd's engine, all requests in one batch, each task's
-  prefix read from disk and verified while the clock runs;
+* **prefixes, and soft prompts**, which are prefixes once baked: prefixd's engine, all requests in one batch, the prefixes
+  resident, as the adapters and models of the others are in memory;
 * **LoRA**: PEFT's `generate(adapter_names=...)`, all requests in one batch; each layer takes the rows of one adapter after
   the other;
 * **full fine-tuning**: T models in memory, each answers its own requests in a batch, one model after another.
@@ -161,7 +161,9 @@ def _measure(
     with ExitStack() as stack:
         store = stack.enter_context(TemporaryDirectory(prefix="prefixd-methods-store-"))
         prefixes = _prefixes(model_dir, workload)
-        prefixd = Prefixd(model_dir, Path(store), prefixes, kv_cache_bytes=_KV_CACHE_BYTES)
+        prefixd = Prefixd(
+            model_dir, Path(store), prefixes, kv_cache_bytes=_KV_CACHE_BYTES, cold=False
+        )
         stack.callback(prefixd.close)
         lora = LoraMixed(model_dir, workload.tasks())
         own = OwnModels(model_dir, workload.tasks())

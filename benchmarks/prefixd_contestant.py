@@ -67,6 +67,7 @@ class Prefixd:
             store=store_dir,
             host_cache_bytes=ByteSize(0),
             kv_cache_bytes=ByteSize(kv_cache_bytes),
+            prompt_cache=False,  # rounds repeat the same prompts, and each is to compute them
         )
         self._recorder = StepRecorder()
         self._serving = build_engine(config, self._recorder)
@@ -83,6 +84,11 @@ class Prefixd:
         if not self._tasks:
             return "all requests at once, without prefixes"
         return f"all requests at once, prefixes {'from disk' if self.cold else 'resident'}"
+
+    @property
+    def steps(self) -> Sequence[StepStats]:
+        """The engine's, of the last call."""
+        return self._recorder.steps
 
     def calls(self, requests: Sequence[Request]) -> list[tuple[Request, ...]]:
         """One call: any number of tasks shares a step."""

@@ -9,13 +9,11 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from cyclopts import App, CycloptsError
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from loadtest.cli_bench import bench
 from loadtest.errors import BadLoad, PlotsUnavailable
 from prefix_store.errors import PrefixStoreError
+from server.cli_report import show_error
 from server.errors import ConfigError, PrefixdError
 
 USAGE_ERROR: Final = 2
@@ -34,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CycloptsError:  # already shown
         sys.exit(USAGE_ERROR)
     except (ConfigError, BadLoad, PlotsUnavailable) as error:
-        _show_error(error)
+        show_error(error)
         sys.exit(USAGE_ERROR)
     except (PrefixdError, PrefixStoreError) as error:
-        _show_error(error)
+        show_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -47,11 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _as_interrupt(_: int, __: FrameType | None) -> None:
     """SIGTERM ends as Ctrl-C does: what was made is removed first."""
     signal.raise_signal(signal.SIGINT)
-
-
-def _show_error(error: Exception) -> None:
-    box = Panel(Text(str(error)), title="Error", title_align="left", style="red")
-    Console(stderr=True).print(box)
 
 
 if __name__ == "__main__":

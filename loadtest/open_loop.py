@@ -59,8 +59,7 @@ class OpenLoop:
         try:
             await self._send_all(connections)
             deadline = self.now() + self._drain_seconds
-            # An event would have to be kept by each of thousands of answers, for one wait at the end.
-            while self.record.num_under_way and self.now() < deadline:  # noqa: ASYNC110
+            while self.record.num_under_way and self.now() < deadline:  # noqa: ASYNC110 - one wait at the end; an event would be each answer's to keep
                 await asyncio.sleep(_DRAIN_POLL_SECONDS)
         finally:
             self._over = True

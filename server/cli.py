@@ -27,7 +27,7 @@ from server.cli_audit import audit_app
 from server.cli_bench import bench_app
 from server.cli_convert import convert_app
 from server.cli_inspect import inspect_app
-from server.cli_report import shown
+from server.cli_report import show_error
 from server.cli_tasks import tasks_app
 from server.cli_train import (
     distill_app,
@@ -90,25 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CycloptsError:  # already shown
         sys.exit(USAGE_ERROR)
     except ConfigError as error:
-        _show_error(error)
+        show_error(error)
         sys.exit(USAGE_ERROR)
     except (PrefixdError, PrefixStoreError) as error:
-        _show_error(error)
+        show_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     if isinstance(result, str):
         print(result)  # as it is: programmes read it, and a pipe has no width
     sys.exit(result if isinstance(result, int) else 0)
-
-
-def _show_error(error: Exception) -> None:
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    box = Panel(Text(shown(str(error))), title="Error", title_align="left", style="red")
-    Console(stderr=True).print(box)
 
 
 @app.command

@@ -1,8 +1,18 @@
-"""What the command line shows of files and answers that others wrote. Called by the commands, on the main thread."""
+"""What the command line shows of errors, and of files and answers that others wrote. Called by the commands, on the main thread."""
 
 from __future__ import annotations
 
 from typing import Any
+
+
+def show_error(error: Exception) -> None:
+    """What went wrong, in a box on the standard error."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    box = Panel(Text(shown(str(error))), title="Error", title_align="left", style="red")
+    Console(stderr=True).print(box)
 
 
 def lines_of(report: dict[str, Any]) -> list[str]:

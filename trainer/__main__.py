@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from cyclopts import App, CycloptsError
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from prefix_store.errors import PrefixStoreError
+from server.cli_report import show_error
 from server.errors import ConfigError, PrefixdError
 from trainer.cli_distill import distill
 from trainer.cli_doctor import doctor
@@ -42,19 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CycloptsError:  # already shown
         sys.exit(USAGE_ERROR)
     except (ConfigError, BadSetting) as error:
-        _show_error(error)
+        show_error(error)
         sys.exit(USAGE_ERROR)
     except (PrefixdError, PrefixStoreError) as error:
-        _show_error(error)
+        show_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     sys.exit(0)
-
-
-def _show_error(error: Exception) -> None:
-    box = Panel(Text(str(error)), title="Error", title_align="left", style="red")
-    Console(stderr=True).print(box)
 
 
 if __name__ == "__main__":

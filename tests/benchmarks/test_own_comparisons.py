@@ -6,9 +6,16 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from benchmarks import many_tasks, server_overhead
+from benchmarks.prefixd_contestant import Prefixd
+from benchmarks.workload import SCALES, random_prefixes, write_model
 
 TINY = ["--scale", "tiny", "--dtype", "float32", "--repeats", "1", "--threads", "1"]
 
@@ -18,6 +25,27 @@ def _figures(main: Callable[[Sequence[str]], None], *flags: str) -> dict[str, An
         main([*TINY, *flags])
     found: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
     return found
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_round_that_repeats_prompts_computes_them_all_again(tmp_path: Path, cold: bool) -> None:
+    """The prompt cache would have them, and peers have none or are made to forget."""
+    scale = SCALES["tiny"]
+    work = replace(scale.workload, prompt_len=40)  # two blocks and a half
+    write_model(tmp_path / "model", scale, torch.float32)
+    prefixes = list(random_prefixes(scale, torch.float32, work.tasks()))
+    engine = Prefixd(
+        tmp_path / "model", tmp_path / "store", prefixes, kv_cache_bytes=2**23, cold=cold
+    )
+    computed = []
+    try:
+        for _ in range(2):
+            engine.serve(work.requests(scale.config["vocab_size"]), 2)
+            computed.append(sum(step.num_prefill_tokens for step in engine.steps))
+    finally:
+        engine.close()
+
+    assert computed == [40 * work.num_requests] * 2
 
 
 def test_many_tasks_are_held_against_one() -> None:
