@@ -42,7 +42,7 @@ class CachedBlock:
     parent: CachedBlock | None
     num_leases: int = 0
     dropped: bool = False
-    children: set[CachedBlock] = field(default_factory=set)
+    children: dict[bytes, CachedBlock] = field(default_factory=dict)  # by key, in order of entry
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +137,7 @@ class PromptCache:
                 entry = CachedBlock(key, table[index], chain.blocks[-1] if chain.blocks else None)
                 self._entries[key] = entry
                 if entry.parent is not None:
-                    entry.parent.children.add(entry)
+                    entry.parent.children[key] = entry
                 entry.num_leases = 1
                 chain.blocks.append(entry)
             else:
@@ -158,7 +158,7 @@ class PromptCache:
         fallen = [entry for entry in chain.blocks[:1] if not entry.dropped]
         while fallen:
             entry = fallen.pop()
-            fallen.extend(entry.children)
+            fallen.extend(entry.children.values())
             entry.children.clear()
             del self._entries[entry.key]
             entry.dropped = True
@@ -174,7 +174,7 @@ class PromptCache:
             assert not entry.children, "a block goes before those that it stands on"
             del self._entries[key]
             if entry.parent is not None:
-                entry.parent.children.remove(entry)
+                del entry.parent.children[key]
             self._blocks.free([entry.block_id])
 
     def count(self, num_asked_tokens: int, num_hit_tokens: int) -> None:
@@ -234,6 +234,6 @@ class PromptCache:
             assert not entry.dropped
             if entry.parent is not None:
                 assert self._entries.get(entry.parent.key) is entry.parent, "a parent left first"
-                assert entry in entry.parent.children
+                assert entry.parent.children.get(key) is entry
                 last = len(order)  # whoever is read goes after all who are not
                 assert order.get(key, last) <= order.get(entry.parent.key, last)

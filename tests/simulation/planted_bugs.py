@@ -305,7 +305,8 @@ def dropped_blocks_are_freed_under_their_readers(original: Any, cache: Any, chai
 @_bug(PromptCache, "drop")
 def what_stands_on_dropped_blocks_stays(original: Any, cache: Any, chain: Any) -> None:
     for entry in chain.blocks:
-        entry.children.intersection_update(chain.blocks)
+        for child in set(entry.children.values()) - set(chain.blocks):
+            del entry.children[child.key]
     original(cache, chain)
 
 

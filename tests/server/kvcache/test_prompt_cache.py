@@ -297,6 +297,22 @@ def test_what_a_failed_row_read_is_given_to_nobody_and_freed_with_its_last_reade
     assert desk.pool.num_used == 0
 
 
+def test_a_drop_frees_blocks_in_the_same_order_wherever_they_lie_in_memory() -> None:
+    """Else the same messages would give other plans, and a simulated failure could not be replayed."""
+    desks: list[Desk] = []  # kept, so that each has its objects elsewhere
+
+    def freed() -> tuple[int, ...]:
+        desk = Desk()
+        desks.append(desk)
+        failed, *others = [desk.compute(Reader((1, 2, n, n))) for n in range(9)]
+        for reader in others:
+            desk.leave(reader)
+        desk.cache.drop(failed.chain)
+        return tuple(desk.pool.allocate(desk.pool.num_free))
+
+    assert len({freed() for _ in range(20)}) == 1
+
+
 def test_after_a_drop_the_same_tokens_can_be_cached_anew() -> None:
     desk = Desk()
     failing = desk.compute(Reader(TOKENS))
