@@ -1,7 +1,11 @@
-"""Decides what each step runs: a pure state machine, `schedule(now, inbox)` then `commit(plan, outcomes)`.
+"""Decides what each step runs: a pure state machine, `schedule(now, inbox)`, `advance(plan)`, `commit(plan, outcomes)`.
 
 Owned by the engine thread; called by `EngineCore` only. No torch, no clock, no thread, no randomness: the
 same calls give the same plans, so it can be simulated without a model.
+
+`advance` comes when a plan was launched, `commit` when it has ended. In between one more step may be scheduled and launched:
+it builds on tokens that only the device knows (`PENDING`), and on nothing else that the plan under way decides. What a step frees
+may be given away in the next, as the device performs one after the other.
 
 Policy, in order:
 1. running sequences go on: first those that decode one token, then those with prompt left to compute;
@@ -39,8 +43,8 @@ from server.engine.messages import (
     UnpinTask,
     WarmPrefix,
 )
-from server.engine.sequence import Sequence, SequenceStatus
-from server.engine.step_plan import StepPlan
+from server.engine.sequence import PENDING, Sequence, SequenceStatus
+from server.engine.step_plan import StepPlan, computes
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.pins import Pins
 from server.kvcache.prompt_cache import PromptCache
@@ -93,8 +97,9 @@ class Scheduler:
         self._loading: set[str] = set()
         self._staged: dict[str, PrefixTier] = {}
         self._warm: dict[str, PrefixRef] = {}
-        # Finished outside of a step; the next commit reports them.
-        self._ended: list[SequenceOutput] = []
+        self._under_way: SchedulerOutput | None = None
+        self._wipe_block_ids: list[int] = []  # of rows that failed, for the next plan
+        self._ended: list[SequenceOutput] = []  # outside of a step
 
     # ---- what others may see -------------------------------------------------------------------
 
@@ -115,6 +120,11 @@ class Scheduler:
         """Digests whose tensors must stay in host memory for a load to come."""
         return frozenset(self._staged)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a sequence must not run before its pending token is known: one with penalties, which count tokens."""
+        return any(s.is_pending and s.request.sampling.has_penalties for s in self._running)
+
     def has_work(self) -> bool:
         """Whether a step now could do anything without another message."""
         if self._running or self._ended:
@@ -126,7 +136,10 @@ class Scheduler:
 
     def schedule(self, now: float, inbox: Iterable[Message] = ()) -> SchedulerOutput:
         """Takes in the messages and plans one step. May be empty of rows."""
-        step = StepPlan(self._limits.max_num_batched_tokens)
+        step = StepPlan(
+            self._limits.max_num_batched_tokens, wipe_block_ids=tuple(self._wipe_block_ids)
+        )
+        self._wipe_block_ids.clear()
         self._pins.expire(now)
         for message in inbox:
             self._receive(message, step, now)
@@ -213,8 +226,11 @@ class Scheduler:
     # ---- running sequences ---------------------------------------------------------------------
 
     def _continue_running(self, step: StepPlan) -> None:
-        decoding = [s for s in self._running if s.num_uncomputed_tokens == 1]
-        prefilling = [s for s in self._running if s.num_uncomputed_tokens > 1]
+        going_on = [
+            s for s in self._running if not s.is_full
+        ]  # the others end with the step under way
+        decoding = [s for s in going_on if s.num_uncomputed_tokens == 1]
+        prefilling = [s for s in going_on if s.num_uncomputed_tokens > 1]
         for seq in decoding + prefilling:
             if step.budget == 0:
                 break
@@ -273,6 +289,7 @@ class Scheduler:
         full = False
         for position, seq in enumerate(list(self._waiting)):
             full = full or step.budget == 0 or len(self._running) >= self._limits.max_num_seqs
+            full = full or seq.is_pending  # preempted, and it may be about to end
             if full and position >= self._limits.max_num_seqs:
                 break
             # Those next in line have their prefixes loaded while they wait.
@@ -280,10 +297,13 @@ class Scheduler:
                 full = not self._admit(seq, step, now)
 
     def _is_anticipated(self, seq: Sequence, step: StepPlan) -> bool:
-        """Whether a row of this step computes the next block that the sequence would: it has it for nothing then."""
+        """Whether a row of this step, or of the one under way, computes the next block that the sequence would: it has
+        it for nothing then.
+        """
         num_blocks = (seq.num_tokens - 1) // self._blocks.block_size
         key = self._prompt_cache.missing_key(seq.chain, seq.token_ids, num_blocks)
-        return key is not None and step.computes(key)
+        under_way = self._under_way.rows if self._under_way else ()
+        return key is not None and computes((*step.rows.values(), *under_way), key)
 
     def _at_hand(self, digest: str) -> bool:
         return digest in self._prefixes or digest in self._staged
@@ -391,40 +411,73 @@ class Scheduler:
 
     # ---- results -------------------------------------------------------------------------------
 
+    def take_ended(self) -> list[SequenceOutput]:
+        """Those that ended while a step was scheduled: aborted, or without their prefix."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def advance(self, plan: SchedulerOutput) -> None:
+        """The plan was launched: what its rows compute and sample, the next one builds on."""
+        for row in plan.rows:
+            row.sequence.num_computed_tokens += len(row.token_ids)
+            if row.sample:
+                row.sequence.output_token_ids.append(PENDING)
+        self._under_way = plan
+
     def commit(
         self, plan: SchedulerOutput, outcomes: Sequence_[RowOutcome]
     ) -> list[SequenceOutput]:
-        """Takes in what the runner did with `plan`, one outcome per row; returns what clients gain."""
+        """Takes in what came of `plan`, one outcome per row; returns what clients gain."""
         assert len(outcomes) == len(plan.rows)
-        ended, self._ended = self._ended, []
+        if self._under_way is plan:
+            self._under_way = None
         outputs = [self._commit_row(r, o) for r, o in zip(plan.rows, outcomes, strict=True)]
-        return ended + [output for output in outputs if output is not None]
+        return [output for output in outputs if output is not None]
 
     def _commit_row(self, row: ScheduledRow, outcome: RowOutcome) -> SequenceOutput | None:
-        seq = row.sequence
-        seq.num_computed_tokens += len(row.token_ids)
+        seq, num_tokens = row.sequence, row.start + len(row.token_ids)
         if outcome.error is not None:
             self._prompt_cache.drop(seq.chain)
-            return self._end(seq, FinishReason.ERROR, error=outcome.error)
+        if seq.status is SequenceStatus.FINISHED:
+            return None  # aborted meanwhile, or its last token was known only when this step was launched
+        if outcome.error is not None:
+            return self._end_failed(seq, outcome.error)
         if not row.sample:
             return None
         assert outcome.token_id is not None, "a sampling row has a token or an error"
-        # Only now: finite logits, that read them all, speak for the blocks. Those of answers are asked for again
-        # by the next turn of a conversation, and by this sequence after a preemption.
-        num_full = seq.num_computed_tokens // self._blocks.block_size
-        self._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
-        seq.output_token_ids.append(outcome.token_id)
-        reason = seq.finish_reason(self._limits.eos_token_ids)
+        if (
+            seq.status is SequenceStatus.RUNNING
+        ):  # else it was preempted meanwhile, and has no blocks
+            # Only now: finite logits, that read them all, speak for the blocks. Those of answers are asked for again
+            # by the next turn of a conversation, and by this sequence after a preemption.
+            num_full = num_tokens // self._blocks.block_size
+            self._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
+        count = seq.settle(num_tokens, outcome.token_id)
+        reason = seq.finish_reason(count, self._limits.eos_token_ids)
         if reason is None:
             return self._output(seq, outcome.token_id)
         return self._end(seq, reason, token_id=outcome.token_id)
 
+    def _end_failed(self, seq: Sequence, error: str) -> SequenceOutput:
+        """Nobody meets what a failed row has written: its own blocks are wiped.
+
+        One that it gave back while the step was under way may be another's already, who reads only what he wrote.
+        """
+        self._wipe_block_ids += seq.block_table[len(seq.chain.blocks) :]
+        return self._end(seq, FinishReason.ERROR, error=error)
+
     def fail(self, plan: SchedulerOutput, error: str) -> list[SequenceOutput]:
-        """The runner could not perform `plan`: its rows end, and prefixes it was to load are not trusted."""
+        """`plan` could not be performed: its rows end, and prefixes that it was to load are not trusted."""
         outputs = self.commit(plan, [RowOutcome(error=error)] * len(plan.rows))
-        for load in plan.prefix_loads:
-            self._pins.lift_digest(load.ref.digest)
-            self._prefixes.retire(load.ref.digest)
+        doubtful = {load.ref.digest for load in plan.prefix_loads}
+        # They began while the plan was under way.
+        began = [s for s in self._running if s.digest in doubtful]
+        for seq in began:
+            self._prompt_cache.drop(seq.chain)
+        outputs += [self._end_failed(seq, error) for seq in began]
+        for digest in doubtful:
+            self._pins.lift_digest(digest)
+            self._prefixes.retire(digest)
         return outputs
 
     def _finish(self, seq: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
@@ -493,6 +546,9 @@ class Scheduler:
         assert all(s.status is SequenceStatus.RUNNING for s in self._running)
         assert all(not s.block_table and s.lease is None for s in self._waiting)
         assert not any(s.chain.blocks or s.num_computed_tokens for s in self._waiting)
+        rows = self._under_way.rows if self._under_way else ()
+        sampling = {row.sequence for row in rows if row.sample}
+        assert {s for s in self._order if s.is_pending} <= sampling, "a token is waited for in vain"
         for digest in [*self._loading, *self._staged]:
             assert digest not in self._prefixes, "a prefix is in one state"
         assert not self._loading & self._staged.keys()
