@@ -550,17 +550,6 @@ def row_is_taken_for_the_one_under_way(
 
 
 @_bug(Scheduler, "_commit_row")
-def token_of_a_preempted_sequence_is_lost(
-    original: Any, scheduler: Any, row: Any, outcome: RowOutcome
-) -> Any:
-    seq = row.sequence
-    if row.sample and seq.status is SequenceStatus.PREEMPTED:
-        seq.output_token_ids.pop()
-        return None
-    return original(scheduler, row, outcome)
-
-
-@_bug(Scheduler, "_commit_row")
 def blocks_that_were_given_back_are_entered_into_the_cache(
     original: Any, scheduler: Any, row: Any, outcome: RowOutcome
 ) -> Any:

@@ -439,8 +439,9 @@ class World:
         assert plan.num_tokens <= s.max_num_batched_tokens
         for row in plan.rows:
             assert row.token_ids, "a row without tokens"
-            known = len(row.sequence.request.prompt_token_ids) + len(row.sequence.output_token_ids)
-            assert row.start + len(row.token_ids) <= known
+            request, end = row.sequence.request, row.start + len(row.token_ids)
+            assert end <= len(request.prompt_token_ids) + len(row.sequence.output_token_ids)
+            assert end < len(request.prompt_token_ids) + request.sampling.max_tokens, "in vain"
             self._check_writes(row)
         assert not self.scheduler.cached_block_ids & set(plan.wipe_block_ids), (
             "a shared block is wiped"
