@@ -24,25 +24,20 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from itertools import count
 
+from server.engine.device_orders import DeviceOrders
 from server.engine.messages import (
     AbortRequest,
     AddRequest,
-    Answer,
-    EvictPrefix,
-    FollowPin,
     Message,
-    PinTask,
     PrefixFailed,
     PrefixLoad,
     PrefixReady,
-    ReportDevice,
     RowOutcome,
     ScheduledRow,
     SchedulerOutput,
     SequenceOutput,
-    UnpinTask,
-    WarmPrefix,
 )
+from server.engine.prefix_loads import PrefixLoads
 from server.engine.sequence import PENDING, Sequence, SequenceStatus
 from server.engine.step_plan import StepPlan, computes
 from server.kvcache.block_pool import BlockPool
@@ -50,7 +45,7 @@ from server.kvcache.pins import Pins
 from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.kvcache.room import Room
-from server.types import FinishReason, PinState, PrefixRef, PrefixTier
+from server.types import FinishReason, PrefixRef, PrefixTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +89,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._order: dict[Sequence, int] = {}  # arrival number of every live sequence
         self._arrivals = count()
-        self._loading: set[str] = set()
-        self._staged: dict[str, PrefixTier] = {}
-        self._warm: dict[str, PrefixRef] = {}
+        self._loads = PrefixLoads(prefixes, limits.max_num_seqs)
+        self._device_orders = DeviceOrders(prefixes, self._pins, self._loads, prompt_cache)
         self._under_way: SchedulerOutput | None = None
         self._wipe_block_ids: list[int] = []  # of rows that failed, for the next plan
         self._ended: list[SequenceOutput] = []  # outside of a step
@@ -118,7 +112,7 @@ class Scheduler:
     @property
     def staged(self) -> frozenset[str]:
         """Digests whose tensors must stay in host memory for a load to come."""
-        return frozenset(self._staged)
+        return frozenset(self._loads.staged)
 
     @property
     def needs_tokens(self) -> bool:
@@ -129,8 +123,8 @@ class Scheduler:
         """Whether a step now could do anything without another message."""
         if self._running or self._ended:
             return True
-        wanted = {s.digest for s in self._waiting} | self._warm.keys()
-        return any(d is None or self._at_hand(d) or self._may_request(d) for d in wanted)
+        wanted, loads = {s.digest for s in self._waiting} | self._loads.wished.keys(), self._loads
+        return any(d is None or loads.at_hand(d) or loads.may_request(d) for d in wanted)
 
     # ---- plan ----------------------------------------------------------------------------------
 
@@ -144,9 +138,10 @@ class Scheduler:
         for message in inbox:
             self._receive(message, step, now)
         self._continue_running(step)
-        self._load_warm(step)
+        self._load_wished(step)
         self._admit_waiting(step, now)
-        self._drop_unwanted()
+        if self._loads.staged:
+            self._loads.keep_only({seq.digest for seq in self._waiting})
         return step.finished_plan()
 
     def _receive(self, message: Message, step: StepPlan, now: float) -> None:
@@ -163,43 +158,9 @@ class Scheduler:
                 self._prefix_ready(digest, tier)
             case PrefixFailed(digest, reason):
                 self._prefix_failed(digest, reason)
-            case WarmPrefix(ref):
-                self._make_warm(ref)
-            case EvictPrefix(digest):
-                self._forget_wish(digest)
-                self._prefixes.retire(digest)
             case _:
-                self._receive_order(message, step, now)
-
-    def _receive_order(self, message: Message, step: StepPlan, now: float) -> None:
-        """What operators ask for."""
-        match message:
-            case PinTask(ticket, ref, ttl):
-                pinned = self._pins.pin(ref, None if ttl is None else now + ttl)
-                self._answer_pin(ticket, ref, pinned, step)
-            case FollowPin(ticket, ref):
-                self._answer_pin(ticket, ref, self._pins.follow(ref), step)
-            case UnpinTask(task):
-                self._pins.lift(task)
-            case ReportDevice(ticket):
-                idle = self._prompt_cache.num_evictable_blocks
-                step.answers.append(Answer(ticket, self._pins.report(now, idle)))
-
-    def _answer_pin(
-        self, ticket: int, ref: PrefixRef, state: PinState | None, step: StepPlan
-    ) -> None:
-        if state is not None and state.refusal is None:
-            self._make_warm(ref)
-        step.answers.append(Answer(ticket, state))
-
-    def _make_warm(self, ref: PrefixRef) -> None:
-        if ref.digest not in self._prefixes:
-            self._warm[ref.digest] = ref
-
-    def _forget_wish(self, digest: str) -> None:
-        """Nobody but requests asks for this prefix any more."""
-        self._warm.pop(digest, None)
-        self._pins.lift_digest(digest)
+                answer = self._device_orders.carry_out(message, now)
+                step.answers += [] if answer is None else [answer]
 
     def _live(self, request_id: str, index: int | None) -> list[Sequence]:
         return [
@@ -209,17 +170,14 @@ class Scheduler:
         ]
 
     def _prefix_ready(self, digest: str, tier: PrefixTier) -> None:
-        if digest not in self._loading:
-            return
-        self._loading.remove(digest)
-        self._staged[digest] = tier
-        for seq in self._waiting:
+        waiting = self._waiting if self._loads.came(digest, tier) else []
+        for seq in waiting:
             if seq.digest == digest and seq.prefix_tier is None:
                 seq.prefix_tier = tier
 
     def _prefix_failed(self, digest: str, reason: str) -> None:
-        self._loading.discard(digest)
-        self._forget_wish(digest)
+        self._loads.loading.discard(digest)
+        self._device_orders.give_up(digest)
         for seq in [s for s in self._waiting if s.digest == digest]:
             self._finish(seq, FinishReason.PREFIX_UNAVAILABLE, error=reason)
 
@@ -305,34 +263,21 @@ class Scheduler:
         under_way = self._under_way.rows if self._under_way else ()
         return key is not None and computes((*step.rows.values(), *under_way), key)
 
-    def _at_hand(self, digest: str) -> bool:
-        return digest in self._prefixes or digest in self._staged
-
     def _prefix_at_hand(self, seq: Sequence, step: StepPlan) -> bool:
         """Whether the sequence could start; asks for its prefix, once, if not."""
         digest = seq.digest
         if digest is None:
             seq.prefix_tier = PrefixTier.NONE
             return True
-        if self._at_hand(digest):
+        if self._loads.at_hand(digest):
             if seq.prefix_tier is None:
-                seq.prefix_tier = self._staged.get(digest, PrefixTier.DEVICE)
+                seq.prefix_tier = self._loads.tier(digest)
             return True
         assert seq.request.prefix is not None
-        self._request_prefix(seq.request.prefix, step)
-        if digest in self._loading and seq.status is not SequenceStatus.WAITING_FOR_PREFIX:
+        self._loads.request(seq.request.prefix, step)
+        if digest in self._loads.loading and seq.status is not SequenceStatus.WAITING_FOR_PREFIX:
             seq.become(SequenceStatus.WAITING_FOR_PREFIX)
         return False
-
-    def _request_prefix(self, ref: PrefixRef, step: StepPlan) -> None:
-        """Has a prefix loaded unless it already is, or too many are under way."""
-        if self._may_request(ref.digest):
-            self._loading.add(ref.digest)
-            step.prefix_requests.append(ref)
-
-    def _may_request(self, digest: str) -> bool:
-        in_flight = len(self._loading) + len(self._staged)
-        return digest not in self._loading and in_flight < self._limits.max_num_seqs
 
     def _admit(self, seq: Sequence, step: StepPlan, now: float) -> bool:
         """Moves a sequence to the running set with all its blocks, or leaves everything as it was."""
@@ -374,10 +319,9 @@ class Scheduler:
 
     def _reserve(self, ref: PrefixRef, step: StepPlan) -> None:
         """Staged -> resident: blocks now, tensors in the step being planned."""
-        del self._staged[ref.digest]
+        self._loads.take(ref.digest)
         resident = self._prefixes.reserve(ref)
         step.prefix_loads.append(PrefixLoad(ref, resident.block_ids))
-        self._warm.pop(ref.digest, None)
         self._pins.mark(ref.digest)
 
     def _refuse_for_pins(self, seq: Sequence, needed: int) -> None:
@@ -389,25 +333,17 @@ class Scheduler:
             f"of which pinned prefixes hold {self._prefixes.num_blocks}",
         )
 
-    def _load_warm(self, step: StepPlan) -> None:
+    def _load_wished(self, step: StepPlan) -> None:
         """Makes asked-for prefixes resident where there is room without disturbing a sequence."""
-        for digest, ref in list(self._warm.items()):
-            if digest not in self._staged:
-                self._request_prefix(ref, step)
+        for digest, ref in list(self._loads.wished.items()):
+            if digest not in self._loads.staged:
+                self._loads.request(ref, step)
             elif self._make_room(
                 self._blocks.blocks_for(ref.num_virtual_tokens), len(self._running)
             ):
                 self._reserve(ref, step)
             elif not self._running:
-                self._forget_wish(digest)  # it can not fit beside what is pinned
-
-    def _drop_unwanted(self) -> None:
-        """Forgets staged prefixes whose last waiting sequence went away."""
-        if not self._staged:
-            return
-        wanted = {seq.digest for seq in self._waiting} | self._warm.keys()
-        for digest in [d for d in self._staged if d not in wanted]:
-            del self._staged[digest]
+                self._device_orders.give_up(digest)  # it can not fit beside what is pinned
 
     # ---- results -------------------------------------------------------------------------------
 
@@ -536,7 +472,10 @@ class Scheduler:
         self._prefixes.check_invariants()
         self._prompt_cache.check_invariants(seq.chain for seq in self._order)
         self._pins.check_invariants()
-        wished = self._warm.keys() | {entry.ref.digest for entry in self._prefixes.entries()}
+        self._loads.check_invariants()
+        wished = self._loads.wished.keys() | {
+            entry.ref.digest for entry in self._prefixes.entries()
+        }
         assert self._pins.digests() <= wished, "a pinned prefix is neither resident nor on its way"
         assert set(self._waiting) | set(self._running) == set(self._order)
         assert not set(self._waiting) & set(self._running)
@@ -549,9 +488,6 @@ class Scheduler:
         rows = self._under_way.rows if self._under_way else ()
         sampling = {row.sequence for row in rows if row.sample}
         assert {s for s in self._order if s.is_pending} <= sampling, "a token is waited for in vain"
-        for digest in [*self._loading, *self._staged]:
-            assert digest not in self._prefixes, "a prefix is in one state"
-        assert not self._loading & self._staged.keys()
         self._check_blocks()
 
     def _check_blocks(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from server.engine.core import EngineCore
 from server.engine.messages import EvictPrefix, PrefixReady, RowOutcome
+from server.engine.prefix_loads import PrefixLoads
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import PENDING, Sequence, SequenceStatus
 from server.engine.step_plan import StepPlan
@@ -176,13 +177,13 @@ def pin_stays_with_the_old_version(original: Any, pins: Any, ref: Any) -> Any:
     return pins._state(None) if ref.task in pins._pins else None
 
 
-@_bug(Scheduler, "_may_request")
-def prefix_is_asked_for_twice(original: Any, scheduler: Any, digest: str) -> bool:
+@_bug(PrefixLoads, "may_request")
+def prefix_is_asked_for_twice(original: Any, loads: Any, digest: str) -> bool:
     return True
 
 
-@_bug(Scheduler, "_drop_unwanted")
-def staged_prefix_is_kept_when_nobody_wants_it(original: Any, scheduler: Any) -> None:
+@_bug(PrefixLoads, "keep_only")
+def staged_prefix_is_kept_when_nobody_wants_it(original: Any, loads: Any, digests: Any) -> None:
     pass
 
 
@@ -194,7 +195,7 @@ def failed_load_ends_only_the_first_that_waits(
     scheduler._waiting = [s for s in scheduler._waiting if s not in kept]
     original(scheduler, digest, reason)
     scheduler._waiting = sorted([*scheduler._waiting, *kept], key=scheduler._order.__getitem__)
-    scheduler._loading.update({digest} if kept else ())
+    scheduler._loads.loading.update({digest} if kept else ())
 
 
 @_bug(Scheduler, "has_work")
@@ -202,7 +203,7 @@ def sleeps_while_a_prefix_could_be_asked_for(original: Any, scheduler: Any) -> b
     """As it was until the simulation found it."""
     if scheduler._running or scheduler._ended:
         return True
-    return any(s.digest is None or scheduler._at_hand(s.digest) for s in scheduler._waiting)
+    return any(s.digest is None or scheduler._loads.at_hand(s.digest) for s in scheduler._waiting)
 
 
 # ---- the prompt cache --------------------------------------------------------------------------
@@ -512,7 +513,7 @@ def evict_order_also_forgets_a_load_under_way(
 ) -> None:
     original(scheduler, message, *rest)
     if isinstance(message, EvictPrefix):
-        scheduler._loading.discard(message.digest)
+        scheduler._loads.loading.discard(message.digest)
 
 
 @_bug(Scheduler, "_receive")
@@ -521,7 +522,7 @@ def answer_that_nobody_asked_for_is_staged(
 ) -> None:
     original(scheduler, message, *rest)
     if isinstance(message, PrefixReady) and scheduler._waiting:
-        scheduler._loading.add(message.digest)
+        scheduler._loads.loading.add(message.digest)
 
 
 # ---- steps that overlap --------------------------------------------------------------------------

@@ -377,7 +377,7 @@ class World:
         for entry in self.prefixes.entries():
             assert entry.pinned == (entry.ref.digest in pinned), "a pin was lost or invented"
         resident_or_coming = {e.ref.digest for e in self.prefixes.entries()}
-        resident_or_coming |= self.scheduler._warm.keys()
+        resident_or_coming |= self.scheduler._loads.wished.keys()
         self._unpin(pinned - resident_or_coming)  # these fit nowhere and were given up
 
     def _follow_order(self, message: Message | PrefixAnswer, answers: list[object]) -> None:
@@ -567,8 +567,8 @@ class World:
         assert self.scheduler.num_running == 0
         assert not self.scheduler._order, "a sequence is left"
         assert not self.scheduler.staged, "a staged prefix is left"
-        assert not self.scheduler._loading, "a load is waited for that was answered"
-        assert not self.scheduler._warm, "a prefix was to be warmed and was forgotten"
+        assert not self.scheduler._loads.loading, "a load is waited for that was answered"
+        assert not self.scheduler._loads.wished, "a prefix was to be warmed and was forgotten"
         assert not self.core._staged, "tensors are left in host memory"
         cached = self.prompt_cache.num_blocks
         assert cached == self.prompt_cache.num_evictable_blocks, (
