@@ -6,9 +6,11 @@ below HTTP, for offline use; `build` adds the web application.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from server.engine.prefix_compiler import PrefixCompiler
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
 from server.errors import ConfigError, PinRefused
+from server.host_threads import compute_alone, give_helpers_back
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
 from server.kvcache.memory_account import readable
@@ -83,7 +86,10 @@ class ServingEngine:
         return self.config.model is None
 
     async def start(self) -> None:
-        """Starts the engine thread; makes the pinned tasks resident, and all of the demo's few."""
+        """Starts the engine thread, which has the cores; makes the pinned tasks resident, and all of the demo's few."""
+        alone = ThreadPoolExecutor(thread_name_prefix="work", initializer=compute_alone)
+        asyncio.get_running_loop().set_default_executor(alone)
+        give_helpers_back()
         await self.engine.start()
         for task in self.config.pin:
             try:

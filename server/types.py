@@ -139,7 +139,8 @@ class GenerationRequest:
     """One prompt for one task (`prefix` None: the bare base model). `request_id` is ours, never a client's.
 
     `version_role`: live or canary, for metrics; empty for a request that names a version, or no task.
-    `cache_salt`: only requests of one salt share blocks of the prompt cache.
+    `cache_salt`: only requests of one salt share blocks of the prompt cache; the tenant is in it. `tenant`: who asks,
+    empty for the operator; `tenant_weight`: its share of the work, beside others'.
     """
 
     request_id: str
@@ -149,6 +150,8 @@ class GenerationRequest:
     endpoint: str = "completions"
     version_role: str = ""
     cache_salt: str = ""
+    tenant: str = ""
+    tenant_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,8 @@ class PrefixEvent:
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """What one engine step did, and the state it left. Gauges are values after the step.
+
+    Tokens, requests and seconds are of the step that ended in it; where steps overlap, that is the one launched before.
 
     `num_prompt_cache_blocks`: those held; `num_idle_prompt_blocks`: those of them that nobody reads.
     `num_asked_tokens`: of prompts that began to run; `num_hit_tokens`: of these, found in the prompt cache.

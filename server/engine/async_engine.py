@@ -39,6 +39,7 @@ from server.engine.prefetch import Prefetcher, PrefixAnswer, PrefixSource
 from server.engine.request_stream import RequestStream
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineOverloaded, EngineStopped
+from server.host_threads import compute_alone
 from server.types import (
     DeviceReport,
     FinishReason,
@@ -98,7 +99,9 @@ class AsyncEngine:
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
         self._streams: dict[str, RequestStream] = {}
         self._orders = Orders(self._inbox.put)
-        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
+        self._encoders = ThreadPoolExecutor(
+            2, thread_name_prefix="encode", initializer=compute_alone
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._heartbeat = time.monotonic()
@@ -183,7 +186,7 @@ class AsyncEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """Ends a request wherever it stands; its blocks are free after the step under way. Idempotent."""
+        """Ends a request wherever it stands; its blocks are free from the next plan on. Idempotent."""
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             self._inbox.put(AbortRequest(request_id))

@@ -4,7 +4,8 @@ Owned by the engine thread, which calls `step` while there is work. Holds the pr
 memory for their blocks; knows no sockets, no text, no event loop.
 
 Steps overlap where the device works by itself (`EngineParts.overlapped`): a step is planned and launched while the one before
-runs, whose outcomes are committed after that. The device then never waits for the host, and clients get their tokens as they would.
+runs, whose outcomes are committed after that. So the device has the next step before it ends one, as long as planning is quicker than a step
+and nobody asks for what only the host can do: penalties, and calls.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from server.engine.messages import (
     Message,
     PrefixFailed,
     PrefixReady,
-    RowOutcome,
     ScheduledRow,
     SchedulerOutput,
     SequenceOutput,
@@ -56,18 +56,20 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class _StepUnderWay:
+    """Launched, and not committed. `since`: when its planning began. `prefixes` are what it writes: they stay until it has ended."""
+
     plan: SchedulerOutput
     launched: LaunchedStep
+    since: float
+    prefixes: tuple[Prefix, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _NotLaunched:
-    """In the place of a step whose launch failed; it fails where the others' outcomes are asked for."""
+class _Committed:
+    """The rows of a step that ended, and how long the device had it."""
 
-    error: Exception
-
-    def outcomes(self) -> Sequence[RowOutcome]:
-        raise self.error
+    rows: tuple[ScheduledRow, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,33 +107,43 @@ class EngineCore:
         self._clock = clock
         self._debug = debug
         self._under_way: _StepUnderWay | None = None
+        self._put_off: list[Message | PrefixAnswer | EngineCall] = []
+        self._last_commit = 0.0
+        self._committed = _Committed()
         self._staged: dict[str, Prefix] = {}
         self._events: list[PrefixEvent] = []
 
     def has_work(self) -> bool:
         """Whether a step would do anything without a new message."""
-        return self._under_way is not None or self._scheduler.has_work()
+        return bool(self._under_way or self._put_off) or self._scheduler.has_work()
 
     def step(self, inbox: Sequence[Message | PrefixAnswer | EngineCall]) -> StepResult:
         """One step: calls, plan, launch, commit. Never raises for a row's or a plan's failure: those rows end."""
+        self._committed = _Committed()
+        inbox, self._put_off = [*self._put_off, *inbox], []
+        if self._under_way and any(isinstance(item, EngineCall) for item in inbox):
+            self._put_off = inbox  # a call may take long: first, who waits gets what there is
+            return self._result(self._commit_under_way())
+        outputs = self._commit_under_way() if self._scheduler.needs_tokens else []
         started = self._clock()
-        outputs: list[SequenceOutput] = []
-        if self._scheduler.needs_tokens or any(isinstance(item, EngineCall) for item in inbox):
-            outputs += self._commit_under_way()
         messages = _perform_calls(inbox)
         plan = self._scheduler.schedule(started, [self._stage(m) for m in messages])
         outputs += self._scheduler.take_ended()
         for ref in plan.prefix_requests:
             self._request_prefix(ref)
-        launched = self._launch(plan)
-        outputs += self._commit_under_way()
+        outputs += self._perform(plan, started)
+        return self._result(outputs, plan)
+
+    def _perform(self, plan: SchedulerOutput, started: float) -> list[SequenceOutput]:
+        """Launches a plan and commits the one before; itself too, if steps do not overlap or there is nothing to wait for."""
+        launched = self._launch(plan, started)
+        outputs = self._commit_under_way()
         self._under_way = launched
-        if not (self._parts.overlapped and plan.rows):
-            outputs += self._commit_under_way()
-        self._forget_staged()
-        if self._debug:
-            self._scheduler.check_invariants()
-        return StepResult(outputs, self._stats(plan, self._clock() - started), plan.answers)
+        if launched is None:
+            return outputs + self._scheduler.fail(plan, STEP_FAILED)
+        if self._parts.overlapped and plan.rows:
+            return outputs
+        return outputs + self._commit_under_way()
 
     def _stage(self, message: Message | PrefixAnswer) -> Message:
         """Keeps a loaded prefix's tensors here and tells the scheduler only that they came."""
@@ -146,14 +158,16 @@ class EngineCore:
             case other:
                 return other
 
-    def _launch(self, plan: SchedulerOutput) -> _StepUnderWay:
-        launched: LaunchedStep
+    def _launch(self, plan: SchedulerOutput, started: float) -> _StepUnderWay | None:
+        """None if that failed, and nothing of it counts as done."""
         try:
             launched = self._parts.runner.launch(plan, self._staged)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this plan's rows and no others
-            launched = _NotLaunched(error)
+        except Exception:
+            logger.exception("a step of %d rows could not be launched", len(plan.rows))
+            return None
         self._scheduler.advance(plan)
-        return _StepUnderWay(plan, launched)
+        prefixes = tuple(self._staged[load.ref.digest] for load in plan.prefix_loads)
+        return _StepUnderWay(plan, launched, started, prefixes)
 
     def _commit_under_way(self) -> list[SequenceOutput]:
         """Waits for the step under way, if there is one, and takes in what came of it."""
@@ -165,6 +179,10 @@ class EngineCore:
         except Exception:
             logger.exception("a step of %d rows failed", len(step.plan.rows))
             return self._scheduler.fail(step.plan, STEP_FAILED)
+        now = self._clock()
+        if step.plan.rows:
+            self._committed = _Committed(step.plan.rows, now - max(step.since, self._last_commit))
+        self._last_commit = now
         return self._scheduler.commit(step.plan, outcomes)
 
     def _forget_staged(self) -> None:
@@ -176,21 +194,31 @@ class EngineCore:
     def _note(self, kind: str, tier: PrefixTier, ref: PrefixRef, *, seconds: float = 0.0) -> None:
         self._events.append(PrefixEvent(kind, tier, ref.task, ref.digest, seconds))
 
-    def _stats(self, plan: SchedulerOutput, seconds: float) -> StepStats:
+    def _result(
+        self, outputs: list[SequenceOutput], plan: SchedulerOutput | None = None
+    ) -> StepResult:
+        self._forget_staged()
+        if self._debug:
+            self._scheduler.check_invariants()
+        stats = self._stats(plan.num_preemptions if plan else 0, self._committed)
+        return StepResult(outputs, stats, plan.answers if plan else ())
+
+    def _stats(self, num_preemptions: int, committed: _Committed) -> StepStats:
         for entry in self._parts.prefixes.take_evicted():
             self._note("evict", PrefixTier.DEVICE, entry.ref)
         events, self._events = tuple(self._events), []
         prefixes, blocks = self._parts.prefixes, self._parts.blocks
         prompt_cache = self._parts.prompt_cache
         num_asked_tokens, num_hit_tokens = prompt_cache.take_counts()
-        decode = sum(_is_decode(row) for row in plan.rows)
+        rows = committed.rows
+        decode = sum(_is_decode(row) for row in rows)
         return StepStats(
-            duration_seconds=seconds,
-            num_prefill_tokens=plan.num_tokens - decode,
+            duration_seconds=committed.seconds,
+            num_prefill_tokens=sum(len(row.token_ids) for row in rows) - decode,
             num_decode_tokens=decode,
-            num_scheduled_requests=len(plan.rows),
-            num_distinct_tasks=len({row.sequence.digest for row in plan.rows}),
-            num_preemptions=plan.num_preemptions,
+            num_scheduled_requests=len(rows),
+            num_distinct_tasks=len({row.sequence.digest for row in rows}),
+            num_preemptions=num_preemptions,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_waiting_for_prefix=self._scheduler.num_waiting_for_prefix,

@@ -149,7 +149,7 @@ class PrefixLoad:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The plan of one step: wipe, load, run. `wipe_block_ids` are zeroed before anybody else's tokens go there."""
+    """The plan of one step: wipe, load, run. `wipe_block_ids` were a failed row's when it ended."""
 
     prefix_requests: tuple[PrefixRef, ...]
     prefix_loads: tuple[PrefixLoad, ...]

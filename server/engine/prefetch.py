@@ -16,6 +16,7 @@ from typing import Protocol
 
 from prefix_store.artifact import Prefix, as_it_is
 from prefix_store.errors import PrefixStoreError
+from server.host_threads import compute_alone
 from server.types import PrefixRef, PrefixTier
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ class Prefetcher:
         self._source = source
         self._post = post
         self._stage = stage
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
+        self._threads = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="prefetch", initializer=compute_alone
+        )
 
     def request(self, ref: PrefixRef) -> None:
         """Starts a load; returns at once."""

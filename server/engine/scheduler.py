@@ -4,17 +4,18 @@ Owned by the engine thread; called by `EngineCore` only. No torch, no clock, no 
 same calls give the same plans, so it can be simulated without a model.
 
 `advance` comes when a plan was launched, `commit` when it has ended. In between one more step may be scheduled and launched:
-it builds on tokens that only the device knows (`PENDING`), and on nothing else that the plan under way decides. What a step frees
-may be given away in the next, as the device performs one after the other.
+it builds on tokens that only the device knows (`PENDING`), on what the plan under way computes, and on the prefixes that it writes. What a
+step frees may be given away in the next, as the device performs one after the other.
 
 Policy, in order:
 1. running sequences go on: first those that decode one token, then those with prompt left to compute;
-2. a sequence that needs a block gets one by evicting what is idle (`Room`), then by preempting the youngest;
-3. waiting sequences are admitted first come first served, all blocks or nothing. One whose prefix is not
-   at hand, or whose next block of prompt is just being computed for another, steps aside and does not hold up
-   those behind it; one that finds no room does.
+2. a sequence that needs a block gets one by evicting what is idle (`Room`), then by preempting the youngest of the tenant
+   that had the most;
+3. waiting sequences are admitted by their tenants' turns (`FairShares`), a tenant's own first come first served, all blocks or
+   nothing. One whose prefix is not at hand, or whose next block of prompt is just being computed for another, steps aside and
+   does not hold up those behind it; one that finds no room does.
 What the prompt cache has of a sequence's tokens is not computed again, and costs nothing of a step's budget.
-The oldest sequence is never preempted for another, so there is always progress.
+Whoever is preempted waits until there is room for all of it, so those that remain come to an end.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 from server.engine.device_orders import DeviceOrders
+from server.engine.fair_shares import OUTPUT_TOKEN, PROMPT_TOKEN, FairShares, by_turns
 from server.engine.messages import (
     AbortRequest,
     AddRequest,
@@ -90,6 +92,7 @@ class Scheduler:
         self._order: dict[Sequence, int] = {}  # arrival number of every live sequence
         self._arrivals = count()
         self._loads = PrefixLoads(prefixes, limits.max_num_seqs)
+        self._shares = FairShares()
         self._device_orders = DeviceOrders(prefixes, self._pins, self._loads, prompt_cache)
         self._under_way: SchedulerOutput | None = None
         self._wipe_block_ids: list[int] = []  # of rows that failed, for the next plan
@@ -117,7 +120,13 @@ class Scheduler:
     @property
     def needs_tokens(self) -> bool:
         """Whether a sequence must not run before its pending token is known: one with penalties, which count tokens."""
-        return any(s.is_pending and s.request.sampling.has_penalties for s in self._running)
+        pending = [s for s in self._running if s.is_pending and not s.is_full]
+        return any(seq.request.sampling.has_penalties for seq in pending)
+
+    @property
+    def _num_going_on(self) -> int:
+        """Running sequences, without those that end with the step under way."""
+        return sum(not seq.is_full for seq in self._running)
 
     def has_work(self) -> bool:
         """Whether a step now could do anything without another message."""
@@ -135,6 +144,8 @@ class Scheduler:
         )
         self._wipe_block_ids.clear()
         self._pins.expire(now)
+        if not self._order:
+            self._shares.forget()
         for message in inbox:
             self._receive(message, step, now)
         self._continue_running(step)
@@ -184,9 +195,7 @@ class Scheduler:
     # ---- running sequences ---------------------------------------------------------------------
 
     def _continue_running(self, step: StepPlan) -> None:
-        going_on = [
-            s for s in self._running if not s.is_full
-        ]  # the others end with the step under way
+        going_on = [s for s in self._running if not s.is_full]
         decoding = [s for s in going_on if s.num_uncomputed_tokens == 1]
         prefilling = [s for s in going_on if s.num_uncomputed_tokens > 1]
         for seq in decoding + prefilling:
@@ -222,12 +231,16 @@ class Scheduler:
             self._room.make(needed)
             if self._blocks.num_free >= needed:
                 break
-            victim = max(self._running, key=self._order.__getitem__)
+            victim = max(self._running, key=self._gives_way)
             self._preempt(victim, step)
             if victim is seq:
                 return False
         seq.block_table += self._blocks.allocate(max(0, needed))
         return True
+
+    def _gives_way(self, seq: Sequence) -> tuple[bool, float, int]:
+        """The greatest goes first: one that is about to end, then of the tenant that had the most the youngest."""
+        return seq.is_full, self._shares.counter(seq.request.tenant), self._order[seq]
 
     def _preempt(self, seq: Sequence, step: StepPlan) -> None:
         """Takes everything from a sequence; it will compute its tokens again."""
@@ -244,15 +257,29 @@ class Scheduler:
     # ---- waiting sequences ---------------------------------------------------------------------
 
     def _admit_waiting(self, step: StepPlan, now: float) -> None:
-        full = False
-        for position, seq in enumerate(list(self._waiting)):
-            full = full or step.budget == 0 or len(self._running) >= self._limits.max_num_seqs
-            full = full or seq.is_pending  # preempted, and it may be about to end
-            if full and position >= self._limits.max_num_seqs:
+        """In turn, until somebody finds no place; those next in line have their prefixes loaded while they wait."""
+        at_hand = [s for s in self._waiting if self._could_start(s)]
+        self._shares.join(s.request.tenant for s in at_hand)
+        aside = set[Sequence]()
+        for seq in self._shares.in_turn(at_hand):
+            still = self._prefix_at_hand(seq, step)  # room for another may have cost it its prefix
+            if not still or seq.is_full or self._is_anticipated(seq, step):
+                aside.add(seq)
+            elif not self._has_place(seq, step) or not self._admit(seq, step, now):
                 break
-            # Those next in line have their prefixes loaded while they wait.
-            if self._prefix_at_hand(seq, step) and not full and not self._is_anticipated(seq, step):
-                full = not self._admit(seq, step, now)
+        left = [s for s in self._waiting if s not in aside and self._could_start(s)]
+        self._shares.keep_waiting(s.request.tenant for s in left)
+        # Behind many who wait for room, a prefix would come long before it is wanted.
+        for seq in islice(by_turns(self._waiting), self._limits.max_num_seqs if left else None):
+            self._prefix_at_hand(seq, step)
+
+    def _could_start(self, seq: Sequence) -> bool:
+        return seq.digest is None or self._loads.at_hand(seq.digest)
+
+    def _has_place(self, seq: Sequence, step: StepPlan) -> bool:
+        # One that was preempted with a token to come may be about to end.
+        full = step.budget == 0 or self._num_going_on >= self._limits.max_num_seqs
+        return not full and not seq.is_pending
 
     def _is_anticipated(self, seq: Sequence, step: StepPlan) -> bool:
         """Whether a row of this step, or of the one under way, computes the next block that the sequence would: it has
@@ -261,7 +288,8 @@ class Scheduler:
         num_blocks = (seq.num_tokens - 1) // self._blocks.block_size
         key = self._prompt_cache.missing_key(seq.chain, seq.token_ids, num_blocks)
         under_way = self._under_way.rows if self._under_way else ()
-        return key is not None and computes((*step.rows.values(), *under_way), key)
+        rows = [r for r in under_way if r.sequence.status is SequenceStatus.RUNNING]
+        return key is not None and computes((*step.rows.values(), *rows), key)
 
     def _prefix_at_hand(self, seq: Sequence, step: StepPlan) -> bool:
         """Whether the sequence could start; asks for its prefix, once, if not."""
@@ -290,7 +318,7 @@ class Scheduler:
         elif digest is not None:
             needed += self._blocks.blocks_for(seq.num_virtual_tokens)
         # One block in reserve for each running sequence: else the next step would preempt the newcomer.
-        if not self._make_room(needed, reserve=len(self._running)):
+        if not self._make_room(needed, reserve=self._num_going_on):
             self._give_back(seq)
             if not self._running:
                 self._refuse_for_pins(seq, needed + num_reused)
@@ -298,12 +326,16 @@ class Scheduler:
         if digest is not None and seq.lease is None:
             assert seq.request.prefix is not None
             self._reserve(seq.request.prefix, step)
+            self._shares.charge(seq.request, PROMPT_TOKEN * seq.num_virtual_tokens)
             seq.lease = self._prefixes.acquire(digest)
         own = self._blocks.blocks_for(seq.num_tokens) - num_reused
         seq.block_table += self._blocks.allocate(own)
         self._waiting.remove(seq)
         self._running.append(seq)
         seq.become(SequenceStatus.RUNNING)
+        # What is computed again after a preemption was another's doing.
+        num_new = 0 if seq.num_preemptions else seq.num_uncomputed_tokens
+        self._shares.serve(seq.request, PROMPT_TOKEN * num_new)
         if seq.first_scheduled is None:
             seq.first_scheduled = now
             self._count_hits(seq, seq.num_tokens, seq.num_computed_tokens)
@@ -389,6 +421,7 @@ class Scheduler:
             num_full = num_tokens // self._blocks.block_size
             self._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
         count = seq.settle(num_tokens, outcome.token_id)
+        self._shares.charge(seq.request, OUTPUT_TOKEN)
         reason = seq.finish_reason(count, self._limits.eos_token_ids)
         if reason is None:
             return self._output(seq, outcome.token_id)
@@ -473,13 +506,15 @@ class Scheduler:
         self._prompt_cache.check_invariants(seq.chain for seq in self._order)
         self._pins.check_invariants()
         self._loads.check_invariants()
+        pool = self._blocks.capacity * self._blocks.block_size
+        self._shares.check_invariants((OUTPUT_TOKEN + PROMPT_TOKEN) * pool)
         wished = self._loads.wished.keys() | {
             entry.ref.digest for entry in self._prefixes.entries()
         }
         assert self._pins.digests() <= wished, "a pinned prefix is neither resident nor on its way"
         assert set(self._waiting) | set(self._running) == set(self._order)
         assert not set(self._waiting) & set(self._running)
-        assert len(self._running) <= self._limits.max_num_seqs
+        assert self._num_going_on <= self._limits.max_num_seqs
         orders = [self._order[s] for s in self._waiting]
         assert orders == sorted(orders), "waiting sequences keep their order of arrival"
         assert all(s.status is SequenceStatus.RUNNING for s in self._running)

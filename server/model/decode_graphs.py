@@ -31,6 +31,7 @@ from server.kvcache.to_device import to_device
 from server.model.attention.base import PagedAttention
 from server.model.attention.triton import TablesKind, pack_plan
 from server.model.attention.work_items import CHUNK, DecodeRow, WorkPlan
+from server.model.device import current
 from server.model.fed_back_tokens import FedBackTokens
 from server.model.forward_batch import ForwardBatch, RowSpan
 from server.model.loader import LoadedModel
@@ -170,6 +171,10 @@ class DecodeGraphs:
     @torch.inference_mode()
     def record(self, *, min_num_rows: int = 1) -> None:
         """Records the graphs of so many rows or more, the largest first: what it needed in between is room for the others."""
+        with current(self._kv_cache.device):
+            self._record(min_num_rows)
+
+    def _record(self, min_num_rows: int) -> None:
         self._shapes = [shape for shape in self._shapes if shape.num_rows >= min_num_rows]
         self._logits = self._forward(self._batch(self._shapes[-1])).clone()
         started = time.monotonic()

@@ -1,6 +1,6 @@
 """Which device, and what it means when it has no memory left: at start, and while it serves.
 
-Called by `server.bootstrap` and `server.sizing` at start; `memory_or_later` by bakes and trials, on the engine thread and workers.
+Called by `server.bootstrap` and `server.sizing` at start; `current` in every step; `memory_or_later` by bakes and trials, on the engine thread and workers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU this thread's current one: kernels and events go there, whatever memory they are given."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

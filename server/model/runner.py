@@ -16,6 +16,7 @@ from prefix_store.artifact import Prefix
 from server.engine.messages import PrefixLoad, RowOutcome, ScheduledRow, SchedulerOutput
 from server.kvcache.kv_cache import KVCache
 from server.model.attention.base import PagedAttention
+from server.model.device import current
 from server.model.fed_back_tokens import FedBackTokens
 from server.model.forward_batch import build_forward_batch
 from server.model.loader import LoadedModel
@@ -36,17 +37,23 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> _Launched:
         """Has the device perform a plan. `staged` holds the prefixes that the plan loads, by digest."""
-        if plan.wipe_block_ids:
-            self._kv_cache.zero_blocks(plan.wipe_block_ids)
-        for load in plan.prefix_loads:
-            self._load_prefix(load, staged)
-        sampling = [row.sequence for row in plan.rows if row.sample]
+        with current(self._kv_cache.device):
+            if plan.wipe_block_ids:
+                self._kv_cache.zero_blocks(plan.wipe_block_ids)
+            for load in plan.prefix_loads:
+                self._load_prefix(load, staged)
+            tokens = self._sampled(plan.rows)
+            return _Launched(plan.rows, tokens)
+
+    def _sampled(self, rows: tuple[ScheduledRow, ...]) -> Tensor:
+        """The next token of each sampling row, int64 [number of them]."""
+        sampling = [row.sequence for row in rows if row.sample]
         tokens = torch.empty(0, dtype=torch.int64)
-        if plan.rows:
-            logits, best = self._logits(plan.rows)
+        if rows:
+            logits, best = self._logits(rows)
             tokens = next_tokens(logits, sampling, self._model.eos_token_ids, best)
         self._fed_back.keep(sampling, tokens)
-        return _Launched(plan.rows, tokens)
+        return tokens
 
     def _logits(self, rows: tuple[ScheduledRow, ...]) -> tuple[Tensor, Tensor | None]:
         """Logits [number of sampling rows, V], and the most probable token of each if a graph has found it."""
@@ -81,7 +88,7 @@ class _Launched:
         self._tokens.copy_(tokens, non_blocking=True)
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call] # torch has no annotations there
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(tokens.device))
 
     def outcomes(self) -> tuple[RowOutcome, ...]:
         """One per row of the plan, as soon as the device has them."""

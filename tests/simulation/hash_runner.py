@@ -112,10 +112,10 @@ def _nothing() -> None:
 
 
 def _fed(row: ScheduledRow, tokens: Mapping[Sequence, int | None]) -> tuple[int, ...]:
-    """The row's tokens, with what the step before has sampled; anything, if that has failed."""
+    """The row's tokens, with what the step launched before has sampled; anything, if that has failed."""
     if row.token_ids[-1] != PENDING:
         return row.token_ids
-    return (*row.token_ids[:-1], tokens.get(row.sequence) or 0)
+    return (*row.token_ids[:-1], tokens[row.sequence] or 0)
 
 
 class HashRunner:
@@ -139,7 +139,7 @@ class HashRunner:
 
     def launch(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> _Launched:
         """Performs the plan at once, as a device does in the end: one after the other, before what is freed later."""
-        tokens = self._fed_back
+        tokens, self._fed_back = self._fed_back, {}
         self._wipe(plan.wipe_block_ids)
         breaks = self._faults.random() < self.step_error_rate
         at_launch = self._faults.random() < 0.5
@@ -151,9 +151,12 @@ class HashRunner:
             outcomes.append(self._run(row, _fed(row, tokens)))
             if breaks and self._faults.random() < 0.5:
                 break
-        self._fed_back = {r.sequence: o.token_id for r, o in zip(plan.rows, outcomes, strict=False)}
         if breaks and at_launch:
             self._break()
+        self._fed_back = {row.sequence: None for row in plan.rows}
+        self._fed_back |= {
+            row.sequence: o.token_id for row, o in zip(plan.rows, outcomes, strict=False)
+        }
         return _Launched(outcomes, self._break if breaks else _nothing)
 
     def _break(self) -> None:
@@ -179,6 +182,8 @@ class HashRunner:
         words = self._read(row.prefix_block_ids, row.num_virtual_tokens)
         words += self._read(row.block_ids, row.start + len(row.token_ids))
         seq = row.sequence
+        if seq.request.sampling.has_penalties:
+            assert PENDING not in seq.output_token_ids, "penalties count tokens that nobody knows"
         return RowOutcome(next_token(words, seq.request, seq.seed, len(seq.output_token_ids)))
 
     def _word_before(self, row: ScheduledRow) -> int:

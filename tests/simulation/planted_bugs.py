@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 
 from server.engine.core import EngineCore
+from server.engine.fair_shares import FairShares
 from server.engine.messages import EvictPrefix, PrefixReady, RowOutcome
 from server.engine.prefix_loads import PrefixLoads
 from server.engine.scheduler import Scheduler
@@ -449,13 +450,9 @@ def last_output_is_given_twice(
 
 
 @_bug(Sequence, "finish_reason")
-def max_tokens_is_off_by_one(original: Any, seq: Sequence, eos_token_ids: Any) -> Any:
-    if len(seq.output_token_ids) == seq.request.sampling.max_tokens > 1:
-        last = seq.output_token_ids.pop()
-        reason = original(seq, eos_token_ids)
-        seq.output_token_ids.append(last)
-        return reason
-    return original(seq, eos_token_ids)
+def max_tokens_is_off_by_one(original: Any, seq: Sequence, count: int, eos_token_ids: Any) -> Any:
+    last = count == seq.request.sampling.max_tokens > 1
+    return original(seq, count - 1 if last else count, eos_token_ids)
 
 
 @_bug(Sequence, "token_ids")
@@ -570,17 +567,6 @@ def a_sequence_that_has_all_its_tokens_goes_on(original: Any, seq: Sequence) -> 
     return False
 
 
-@_bug(Scheduler, "fail")
-def those_who_began_with_a_prefix_of_a_failed_step_go_on(
-    original: Any, scheduler: Any, plan: Any, error: str
-) -> Any:
-    outputs = scheduler.commit(plan, [RowOutcome(error=error)] * len(plan.rows))
-    for load in plan.prefix_loads:
-        scheduler._pins.lift_digest(load.ref.digest)
-        scheduler._prefixes.retire(load.ref.digest)
-    return outputs
-
-
 @_bug(Scheduler, "_end_failed")
 def blocks_of_a_failed_row_are_not_wiped(
     original: Any, scheduler: Any, seq: Sequence, error: str
@@ -590,6 +576,30 @@ def blocks_of_a_failed_row_are_not_wiped(
     return output
 
 
+@_bug(Scheduler, "needs_tokens")
+def penalties_count_what_nobody_knows_yet(original: Any, scheduler: Any) -> bool:
+    return False
+
+
 @_bug(EngineCore, "has_work")
 def the_engine_sleeps_while_a_step_is_under_way(original: Any, core: Any) -> Any:
     return core._scheduler.has_work() and core._under_way is None
+
+
+# ---- tenants -------------------------------------------------------------------------------------
+
+
+@_bug(FairShares, "in_turn")
+def tenants_are_served_by_arrival_alone(original: Any, shares: Any, waiting: Any) -> Any:
+    return iter(list(waiting))
+
+
+@_bug(FairShares, "join")
+def who_comes_back_has_saved_up_a_claim(original: Any, shares: Any, tenants: Any) -> None:
+    pass
+
+
+@_bug(Scheduler, "_gives_way")
+def the_oldest_is_preempted(original: Any, scheduler: Any, seq: Sequence) -> Any:
+    full, counter, order = original(scheduler, seq)
+    return full, counter, -order

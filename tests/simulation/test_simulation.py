@@ -30,6 +30,7 @@ MUST_HAPPEN = [
     "preempted with a token to come",
     "ended with a row under way",
     "ended by the step under way",
+    "call",
     "row failed",
     "step failed",
     "refused for pins",

@@ -15,6 +15,7 @@ from typing import Final
 
 from prefix_store.artifact import Prefix
 from prefix_store.spec import PrefixManifest
+from server.engine.calls import EngineCall
 from server.engine.core import STEP_FAILED, EngineCore, EngineParts, StepResult
 from server.engine.messages import (
     AbortRequest,
@@ -79,12 +80,15 @@ class Scenario:
     pin_rate: float
     pin_budget: float
     evict_rate: float
+    call_rate: float
     load_error_rate: float
     row_error_rate: float
     step_error_rate: float
     prompt_cache: bool
     overlapped: bool
     num_salts: int
+    tenants: tuple[str, ...]  # as often as they ask
+    tenant_weights: dict[str, float]
     beginnings: tuple[tuple[int, ...], ...]
 
     @staticmethod
@@ -113,12 +117,15 @@ class Scenario:
             pin_rate=rng.choice([0.0, 0.03, 0.1]),
             pin_budget=rng.choice([1.0, 1.0, 0.5]),
             evict_rate=rng.choice([0.0, 0.02, 0.1]),
+            call_rate=rng.choice([0.0, 0.02]),
             load_error_rate=rng.choice([0.0, 0.1, 0.4]) if faulty else 0.0,
             row_error_rate=rng.choice([0.0, 0.01]) if faulty else 0.0,
             step_error_rate=rng.choice([0.0, 0.01, 0.1]) if faulty else 0.0,
             prompt_cache=rng.random() < 0.85,
             overlapped=rng.random() < 0.6,
             num_salts=rng.choice([1, 1, 2]),
+            tenants=rng.choice([("",), ("a", "b"), ("a",) * 9 + ("b",), ("a", "a", "a", "b", "c")]),
+            tenant_weights=rng.choice([{}, {}, {"b": 3.0}, {"a": 0.5, "c": 2.0}]),
             beginnings=tuple(
                 tuple(rng.randrange(VOCAB) for _ in range(max_own_tokens))
                 for _ in range(rng.choice([1, 2]))
@@ -216,7 +223,8 @@ class World:
         self._asked_before: dict[
             str, int
         ] = {}  # tokens of a prompt that stood before an answer in it
-        self._inbox: list[Message | PrefixAnswer] = []
+        self._inbox: list[Message | PrefixAnswer | EngineCall] = []
+        self._put_off: list[Message | PrefixAnswer | EngineCall] = []
 
     # ---- operations ----------------------------------------------------------------------------
 
@@ -231,6 +239,8 @@ class World:
             self._inbox.append(WarmPrefix(rng.choice(s.tasks)))
         if rng.random() < s.pin_rate:
             self._inbox.append(self._random_pin_order(rng.choice(s.tasks)))
+        if rng.random() < s.call_rate:
+            self._inbox.append(EngineCall(self._called))
         if rng.random() < s.evict_rate:
             self._inbox.append(EvictPrefix(rng.choice(s.tasks).digest))
         self.turn()
@@ -273,6 +283,7 @@ class World:
             min_tokens=rng.choice([0, 0, rng.randint(0, max_tokens)]),
             stop_token_ids=rng.choice([(), (), (rng.randrange(VOCAB),)]),
             ignore_eos=rng.random() < 0.3,
+            frequency_penalty=rng.choice([0.0] * 9 + [0.5]),  # tells nothing here but who has it
             n=rng.choice([1, 1, 1, 2, 3]),
         )
         ref = rng.choice([*s.tasks, None])
@@ -284,7 +295,16 @@ class World:
         kept = beginning[: rng.choice([0, rng.randint(0, own), own])]
         prompt = (*kept, *(rng.randrange(VOCAB) for _ in range(own)))[: own - max_tokens]
         salt = str(rng.randrange(s.num_salts))
-        return GenerationRequest(str(self._next_id), prompt, sampling, ref, cache_salt=salt)
+        tenant = rng.choice(s.tenants)
+        return GenerationRequest(
+            str(self._next_id),
+            prompt,
+            sampling,
+            ref,
+            cache_salt=salt,
+            tenant=tenant,
+            tenant_weight=s.tenant_weights.get(tenant, 1.0),
+        )
 
     def _random_pin_order(self, ref: PrefixRef) -> Message:
         ttl = self._rng.choice([None, 1, 5, 40])
@@ -305,6 +325,11 @@ class World:
         for seq in self.scheduler._order:
             if (seq.request.request_id, seq.index) == (request_id, index):
                 self.seen[f"abort while {seq.status}"] += 1
+
+    def _called(self) -> None:
+        """What somebody has run on the engine thread."""
+        assert self.core._under_way is None, "a call beside a step"
+        self.seen["call"] += 1
 
     def _request_prefix(self, ref: PrefixRef) -> None:
         assert ref.digest not in {r.digest for _, r in self._loads}, "single flight"
@@ -335,22 +360,30 @@ class World:
         inbox, self._inbox = self._inbox, []
         pinned = {e.ref.digest for e in self.prefixes.entries() if e.pinned}
         order = self.scheduler._order
-        before = {seq: (order[seq], seq.num_preemptions) for seq in self.scheduler._running}
+        # Who is about to end gives way before anybody else.
+        before = {
+            seq: (order[seq], seq.num_preemptions)
+            for seq in self.scheduler._running
+            if not seq.is_full
+        }
         self.scheduler.committed, self.scheduler.broken = [], []
         pending = [s for s in order if s.is_pending]
         result = self.core.step(inbox)
+        inbox = self._put_off + inbox
         self._step_broke = bool(self.scheduler.broken)
         self._num_broken_steps += len(self.scheduler.broken)
         assert self._num_broken_steps <= self.runner.num_step_errors, "a step failed by itself"
         self.num_steps += 1
+        if self.core._put_off:
+            self._put_off = inbox
+            self._check_ended(result)
+            return
+        self._put_off = []
         plan = self.scheduler.plan
         self._check_pins(pinned, inbox, plan)
         self._check_preemptions(before)
         self._check_plan(plan)
-        for committed in self.scheduler.committed:
-            self._check_failed(committed, result)
-        for output in result.outputs:
-            self._take(output)
+        self._check_ended(result)
         for message in inbox:
             if isinstance(message, AbortRequest):
                 self._check_aborted(message)
@@ -361,8 +394,17 @@ class World:
         self._record(plan, result)
         self._record_overlap(pending, before)
 
+    def _check_ended(self, result: StepResult) -> None:
+        for committed in self.scheduler.committed:
+            self._check_failed(committed, result)
+        for output in result.outputs:
+            self._take(output)
+
     def _check_pins(
-        self, before: set[str], inbox: list[Message | PrefixAnswer], plan: SchedulerOutput
+        self,
+        before: set[str],
+        inbox: list[Message | PrefixAnswer | EngineCall],
+        plan: SchedulerOutput,
     ) -> None:
         """A pin holds from the order on, through the load, until it is lifted, ends, or the load fails."""
         self._pins = {t: p for t, p in self._pins.items() if p[1] is None or p[1] > self.now}
@@ -380,7 +422,9 @@ class World:
         resident_or_coming |= self.scheduler._loads.wished.keys()
         self._unpin(pinned - resident_or_coming)  # these fit nowhere and were given up
 
-    def _follow_order(self, message: Message | PrefixAnswer, answers: list[object]) -> None:
+    def _follow_order(
+        self, message: Message | PrefixAnswer | EngineCall, answers: list[object]
+    ) -> None:
         """The same order, carried out in the slow, obvious way, and the answer that it must have got."""
         match message:
             case PinTask(_, ref, ttl):
@@ -424,14 +468,16 @@ class World:
         assert not left, "an aborted choice goes on"
 
     def _check_preemptions(self, before: dict[Sequence, tuple[int, int]]) -> None:
-        """The youngest goes first: nobody runs on who came after one that was preempted."""
-        gone = [order for seq, (order, n) in before.items() if seq.num_preemptions > n]
-        kept = [
-            order
-            for seq, (order, n) in before.items()
-            if seq.num_preemptions == n and seq.status is SequenceStatus.RUNNING
-        ]
-        assert not gone or not kept or max(kept) < min(gone), "an older one was preempted"
+        """Of a tenant's, the youngest goes first: nobody runs on who came after one that was preempted."""
+        for tenant in self.scenario.tenants:
+            own = [(seq, was) for seq, was in before.items() if seq.request.tenant == tenant]
+            gone = [order for seq, (order, n) in own if seq.num_preemptions > n]
+            kept = [
+                order
+                for seq, (order, n) in own
+                if seq.num_preemptions == n and seq.status is SequenceStatus.RUNNING
+            ]
+            assert not gone or not kept or max(kept) < min(gone), "an older one was preempted"
 
     def _check_plan(self, plan: SchedulerOutput) -> None:
         s = self.scenario
@@ -468,7 +514,8 @@ class World:
 
     def _check_failed(self, plan: SchedulerOutput, result: StepResult) -> None:
         """What a failed row read or wrote can not be found any more."""
-        ended = {(o.request_id, o.index): o.error for o in result.outputs if o.error is not None}
+        failures = (ROW_ERROR, STEP_FAILED)
+        ended = {(o.request_id, o.index) for o in result.outputs if o.error in failures}
         entries = {entry.block_id for entry in self.prompt_cache._entries.values()}
         for row in plan.rows:
             if (row.sequence.request.request_id, row.sequence.index) in ended:
@@ -551,7 +598,7 @@ class World:
         rows = {row.sequence for row in under_way.rows} if under_way else set()
         for seq in pending:
             ended = seq.status is SequenceStatus.FINISHED
-            self.seen["preempted with a token to come"] += seq.num_preemptions > before[seq][1]
+            self.seen["preempted with a token to come"] += seq.status is SequenceStatus.PREEMPTED
             self.seen["ended with a row under way"] += ended and seq in rows
             self.seen["ended by the step under way"] += ended and seq not in rows
 

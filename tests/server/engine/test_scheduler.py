@@ -488,3 +488,20 @@ def test_the_same_messages_give_the_same_plans() -> None:
         ]
 
     assert history() == history()
+
+
+def test_who_began_with_a_prefix_of_a_failed_step_ends_with_it() -> None:
+    """The step that wrote the prefix was under way when the next one was planned: what it wrote is not trusted."""
+    driver = Driver(max_num_seqs=4, max_num_batched_tokens=4)
+    driver.add("first", prefix=ref("a"))
+    driver.add("second", prefix=ref("a"))
+    driver.step()
+    loads = driver.begin(PrefixReady("sha256:a", PrefixTier.DISK))
+    assert [load.ref for load in loads.prefix_loads] == [ref("a")]
+    after = driver.begin()
+    assert "second" in ids(after)
+    driver.take(driver.scheduler.fail(loads, "broken"))
+    assert {n: o.error for n, o in driver.ended.items()} == {"first": "broken", "second": "broken"}
+    driver.end(after)
+    assert "sha256:a" not in driver.prefixes
+    assert not driver.scheduler._order
