@@ -130,7 +130,8 @@ class GenerationRequest:
     """One prompt for one task (`prefix` None: the bare base model). `request_id` is ours, never a client's.
 
     `version_role`: live or canary, for metrics; empty for a request that names a version, or no task.
-    `cache_salt`: only requests of one salt share blocks of the prompt cache.
+    `cache_salt`: only requests of one salt share blocks of the prompt cache; the tenant is in it. `tenant`: who asks,
+    empty for the operator.
     """
 
     request_id: str
@@ -140,6 +141,7 @@ class GenerationRequest:
     endpoint: str = "completions"
     version_role: str = ""
     cache_salt: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ PATHS = {
     template: template.replace("{task}", "poet")
     .replace("{version}", "v1")
     .replace("{alias}", "live")
+    .replace("{tenant}", "acme")
+    .replace("{key_id}", "0123abcd")
     .replace("{model_id:path}", "a/b")
     for template in SCOPES
 }
@@ -69,8 +71,8 @@ def test_a_route_opens_to_the_right_keys_and_to_no_other(
     ]
     for headers in wrong:
         assert (status(headers) == 401) == (scope is not Scope.PUBLIC), headers
-    assert (status(bearer(API_KEY)) == 401) == (scope is Scope.ADMIN)
-    assert status(bearer(ADMIN_KEY)) != 401
+    assert (status(bearer(API_KEY)) == 403) == (scope in (Scope.ADMIN, Scope.OPERATOR))
+    assert status(bearer(ADMIN_KEY)) not in (401, 403)
 
 
 def test_without_an_api_key_inference_is_open_and_admin_is_not(client: TestClient) -> None:
