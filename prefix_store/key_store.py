@@ -77,7 +77,7 @@ class KeyStore:
         """A key by its id; None if there is none, or none can be trusted."""
         return None if self._damaged else self._keys.get(key_id)
 
-    def keys(self, tenant: str | None = None) -> list[Key]:
+    def listed(self, tenant: str | None = None) -> list[Key]:
         """All keys, or those of one tenant, in the order in which they were made."""
         return [key for key in self._keys.values() if tenant is None or key.tenant == tenant]
 

@@ -58,7 +58,7 @@ def list_keys(
     store: Store = None,
 ) -> str:
     """List the keys; nothing in the list opens anything."""
-    found = _keys(store).keys(tenant)
+    found = _keys(store).listed(tenant)
     return "\n".join(_line(key) for key in found) or "no keys"
 
 

@@ -64,7 +64,9 @@ async def list_keys(
 ) -> Response:
     """All keys, or those of a tenant (`?tenant=` for the operator's), in the order in which they were made."""
     keys = services_of(request).keys
-    data = [{"object": "key", **described_key(key)} for key in (keys.keys(tenant) if keys else [])]
+    data = [
+        {"object": "key", **described_key(key)} for key in (keys.listed(tenant) if keys else [])
+    ]
     return json_response({"object": "list", "data": data, "has_more": False})
 
 

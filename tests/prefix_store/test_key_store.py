@@ -17,7 +17,7 @@ import pytest
 from prefix_store import key_store
 from prefix_store.errors import KeyNotIssued, KeysDamaged, StoreFull, UnknownKey
 from prefix_store.key_store import KeyStore
-from prefix_store.keys import Key, KeyScope, KeyState, hash_of
+from prefix_store.keys import KeyScope, KeyState, hash_of
 
 INFER = frozenset({KeyScope.INFER})
 BOTH = frozenset({KeyScope.INFER, KeyScope.ADMIN})
@@ -55,7 +55,7 @@ def test_a_key_is_found_by_its_id_also_by_the_next_process(keys: KeyStore) -> No
 
 def test_no_file_holds_a_key_and_only_the_owner_reads_them(keys: KeyStore) -> None:
     texts = [keys.create("acme", INFER).text, keys.create("", INFER).text]
-    keys.rotate(keys.keys()[0].id, overlap_seconds=1)
+    keys.rotate(keys.listed()[0].id, overlap_seconds=1)
 
     paths = sorted(directory_of(keys).iterdir())
     assert len(paths) == 4  # three records and the lock
@@ -70,7 +70,8 @@ def test_a_rotated_key_works_beside_its_successor_for_the_overlap(keys: KeyStore
     new = keys.rotate(old.id, overlap_seconds=100).key
 
     assert (new.tenant, new.scopes, new.note) == (old.tenant, old.scopes, old.note)
-    assert new.expires_at is not None and old.expires_at is not None
+    assert new.expires_at is not None
+    assert old.expires_at is not None
     assert new.expires_at - new.created_at == old.expires_at - old.created_at
     for found in (keys, reopened(keys)):
         assert state_of(found, old.id, 99) is KeyState.ACTIVE
@@ -143,7 +144,7 @@ def test_a_writer_first_learns_what_others_wrote(keys: KeyStore) -> None:
     other = reopened(keys)
     made = [store.create("acme", INFER).key.id for store in (keys, other) * 3]
 
-    assert [key.id for key in reopened(keys).keys()] == made
+    assert [key.id for key in reopened(keys).listed()] == made
     other.revoke(made[4])
     assert keys.revoke(made[4]).revoked_at == other.find(made[4]).revoked_at  # type: ignore[union-attr]
 
@@ -167,7 +168,7 @@ def test_processes_and_threads_that_write_at_once_lose_nothing(keys: KeyStore) -
     assert [other.wait() for other in others] == [0, 0]
 
     found = reopened(keys)
-    assert [len(found.keys(tenant)) for tenant in ("acme", "beta")] == [20, 20]
+    assert [len(found.listed(tenant)) for tenant in ("acme", "beta")] == [20, 20]
     assert len(list(directory_of(keys).glob("*.json"))) == 40
 
 
@@ -236,15 +237,15 @@ def test_a_key_for_which_there_is_no_room_was_not_made(
         patched.setattr(os, "write", full)
         with pytest.raises(StoreFull):
             keys.create("acme", INFER)
-    assert keys.keys() == reopened(keys).keys() == []
-    assert keys.create("acme", INFER).key in reopened(keys).keys()
+    assert keys.listed() == reopened(keys).listed() == []
+    assert keys.create("acme", INFER).key in reopened(keys).listed()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_history_is_read_back_as_it_was(keys: KeyStore, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(40):
-        active = [k.id for k in keys.keys() if state_of(keys, k.id) is KeyState.ACTIVE]
+        active = [k.id for k in keys.listed() if state_of(keys, k.id) is KeyState.ACTIVE]
         fresh = [key_id for key_id in active if keys.find(key_id).replaced_by is None]  # type: ignore[union-attr]
         if not fresh or rng.random() < 0.4:
             keys.create(rng.choice(["acme", "beta", ""]), rng.choice([INFER, BOTH]))
@@ -253,7 +254,4 @@ def test_any_history_is_read_back_as_it_was(keys: KeyStore, seed: int) -> None:
         else:
             keys.revoke(rng.choice(active))
 
-    def shown(store: KeyStore) -> list[Key]:
-        return store.keys()
-
-    assert shown(reopened(keys)) == shown(keys)
+    assert reopened(keys).listed() == keys.listed()

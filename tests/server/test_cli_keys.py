@@ -58,7 +58,8 @@ def test_a_key_is_made_listed_rotated_and_revoked(run: Run, tmp_path: Path) -> N
     assert [line[:8] for line in lines] == [key_id, new_id]
     assert f"replaced by {new_id}" in lines[0]
     assert all(word in lines[1] for word in ("acme", "admin,infer", "active", "expires", "CI"))
-    assert text not in out and new_text not in out
+    assert text not in out
+    assert new_text not in out
     found = KeyStore(tmp_path / "store" / "keys").find(new_id)
     assert found is not None
     assert (found.sha256, found.scopes) == (

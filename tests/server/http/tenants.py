@@ -85,7 +85,7 @@ class World:
         tasks = [(t.name, t.versions, t.live, t.canary, t.grants) for t in self.store.tasks()]
         engine = self.engine
         did = [len(engine.requests), engine.evicted, engine.warmed, engine.pins]
-        return repr((tasks, self.key_store.keys(), did))
+        return repr((tasks, self.key_store.listed(), did))
 
 
 def make_world(directory: Path, **changes: Any) -> World:
@@ -119,9 +119,9 @@ async def _over_asgi(
     received = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Any:
-        if received:
-            return received.pop()
-        await asyncio.Event().wait()
+        while not received:
+            await asyncio.Event().wait()
+        return received.pop()
 
     async def send(message: Any) -> None:
         messages.append(message)
