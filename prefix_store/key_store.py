@@ -56,12 +56,7 @@ class KeyStore:
         self._damaged = False
         with files.translated_errors():
             files.make_dirs(directory)
-            # Whoever wrote these may have been killed before their names lasted; now they are relied on.
-            files.sync_dir(directory)
-            self._catch_up()
-            names = [n for n in files.names_in(directory) if _RECORD_NAME.fullmatch(n)]
-        if len(names) > self._num_records:
-            raise KeysDamaged(f"the records of API keys lack number {self._num_records + 1}")
+            self._recover()
 
     @staticmethod
     def has_keys(directory: Path) -> bool:
@@ -204,6 +199,17 @@ class KeyStore:
         self._take(record, payload)
 
     # ---- reading; with the lock held, but for the first time -----------------------------------
+
+    def _recover(self) -> None:
+        """Read all; make names last that a killed process may have left unsynced, before anyone relies on them."""
+        names = [n for n in files.names_in(self._directory) if _RECORD_NAME.fullmatch(n)]
+        if names:
+            files.sync_dir(self._directory)
+        else:
+            os.sync()  # of which directories above it was killed while it made them, is not known
+        self._catch_up()
+        if len(names) > self._num_records:
+            raise KeysDamaged(f"the records of API keys lack number {self._num_records + 1}")
 
     def _catch_up(self) -> None:
         while files.exists(self._path(self._num_records + 1)):

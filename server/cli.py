@@ -162,7 +162,8 @@ def run_demo(
 
         try:
             await _print_banner(application, server, url)
-            came_out.append(await show_samples(url, application.serving.config.api_key))
+            keys = application.serving.config
+            came_out.append(await show_samples(url, keys.api_key or keys.admin_key))
         finally:
             server.should_exit = server.should_exit or once
         if not once:
