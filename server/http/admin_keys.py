@@ -18,6 +18,7 @@ from starlette.responses import Response
 from prefix_store.errors import UnknownKey
 from prefix_store.key_store import DEFAULT_OVERLAP_SECONDS, KeyStore
 from prefix_store.keys import KeyScope, NewKey, described_key
+from prefix_store.spec import OPERATOR
 from server.http.admin import note
 from server.http.json_body import read_object, validated
 from server.http.json_text import json_response
@@ -31,9 +32,9 @@ class KeyRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    tenant: str = Field(default="", max_length=64)
+    tenant: str | None = Field(default=None, max_length=64)
     scopes: list[KeyScope] = Field(min_length=1, max_length=3)
-    expires_in_seconds: float | None = None
+    expires_in_seconds: float | None = Field(default=None, strict=True)
     note: str = ""
 
 
@@ -51,7 +52,7 @@ async def create_key(request: Request) -> Response:
     body = validated(KeyRequest, await read_object(request, services.max_body_bytes))
     make = partial(
         _keys(services).create,
-        body.tenant,
+        body.tenant or OPERATOR,
         frozenset(body.scopes),
         expires_in_seconds=body.expires_in_seconds,
         note=body.note,
