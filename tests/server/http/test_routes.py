@@ -41,6 +41,13 @@ def test_every_route_of_the_app_has_a_rule() -> None:
     assert paths == set(SCOPES)
 
 
+def test_all_methods_of_a_path_need_the_same_key() -> None:
+    """The gate judges by path: a second scope would be the one of all of them."""
+    assert {route.path: route.scope for route in ROUTES} == {
+        route.path: route.scope for route in reversed(ROUTES)
+    }
+
+
 def test_only_the_probes_are_public() -> None:
     public = {path for path, scope in SCOPES.items() if scope is Scope.PUBLIC}
 
