@@ -81,7 +81,7 @@ class KeyStore:
 
         A file system that fails leaves the keys as they were: who was let in stays let in.
         """
-        if time.monotonic() - self._looked_at < REFRESH_SECONDS:
+        if self._damaged or time.monotonic() - self._looked_at < REFRESH_SECONDS:
             return
         if not self._lock.acquire(blocking=False):
             return  # a thread of ours is writing, and reads them all before it does

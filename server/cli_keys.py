@@ -5,6 +5,7 @@ Runs on the main thread. A running server finds what changed within a second. Ov
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -29,6 +30,10 @@ _DAY_SECONDS = 86_400.0
 
 class NoSuchStore(PrefixdError):
     """There are no keys where they were looked for."""
+
+
+class NotTheOwner(PrefixdError):
+    """What is written here, the server could not read."""
 
 
 @keys_app.command
@@ -88,9 +93,13 @@ def revoke(key_id: KeyId, *, store: Store = None) -> str:
 
 
 def _keys(store: Path | None, *, make: bool = False) -> KeyStore:
-    directory = (ServeConfig().store_dir if store is None else store.expanduser()) / "keys"
+    place = ServeConfig().store_dir if store is None else store.expanduser()
+    directory = place / "keys"
     if not make and not directory.is_dir():
-        raise NoSuchStore(f"{directory.parent}: no key was made in this store")
+        raise NoSuchStore(f"{place}: no key was made in this store")
+    if place.is_dir() and place.stat().st_uid != os.geteuid():
+        # A server that can not read a record would go on to let in the key that it revokes.
+        raise NotTheOwner(f"{place}: run this as the user who owns it, as the server does")
     return KeyStore(directory)
 
 

@@ -31,8 +31,8 @@ class Caller:
         return self.tenant == OPERATOR and KeyScope.ADMIN in self.scopes
 
 
-NOBODY: Final = Caller("", OPERATOR, frozenset())
-"""Of the public routes: it may do nothing, and names no task."""
+NOBODY: Final = Caller("", "~", frozenset())
+"""Of the public routes: it may do nothing, and sees no task, for no tenant can have this name."""
 
 
 def put_caller(scope: Scope, caller: Caller) -> None:

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_another_process_keys_are_found_within_half_a_second(
     assert keys.find(new.id) is None, "it looks at most twice a second"
 
     now = keys._looked_at + key_store.REFRESH_SECONDS
-    monkeypatch.setattr(key_store.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     keys.refresh()
     assert keys.find(new.id) == new
     assert keys.any_made

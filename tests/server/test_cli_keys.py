@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,20 @@ def test_a_wrong_call_is_explained_and_makes_nothing(
     assert found == code
     assert word in out + err
     assert not KeyStore.has_keys(tmp_path / "store" / "keys")
+
+
+def test_only_the_owner_of_the_store_changes_its_keys(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root's records would be unreadable for a server that is not: a revocation would not be seen."""
+    _, key_id = made(run("create"))
+    owner = os.geteuid()
+
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    for call in (("create",), ("revoke", key_id), ("rotate", key_id)):
+        code, _, err = run(*call)
+        assert code == 1
+        assert "the user who owns it" in err
 
 
 def test_with_keys_of_tenants_no_api_key_is_needed_on_the_network() -> None:

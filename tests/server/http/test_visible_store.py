@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from prefix_store.errors import UnknownTask
+from prefix_store.errors import InvalidTaskName, UnknownTask
 from prefix_store.store import PrefixStore
+from server.http.caller import NOBODY
 from server.http.visible_store import VisibleStore
 from tests.prefix_store.builders import make_artifact
 from tests.server.http.fakes import store_with_tasks
@@ -74,6 +75,16 @@ def test_what_was_granted_can_be_read_for_inference_and_changed_by_nobody_else(
     for method in ("delete", "rollback", "grant", "promote", "check_preconditions"):
         with pytest.raises(AssertionError):
             call(view, method, "acme~shared")()
+
+
+def test_nobody_sees_nothing(store: PrefixStore) -> None:
+    view = VisibleStore(store).seen_by(NOBODY.tenant, granted=True)
+
+    assert view.tasks() == []
+    assert view.similar("poet") == []
+    for name in ("poet", "acme~hidden", "~poet"):
+        with pytest.raises((UnknownTask, InvalidTaskName)):
+            view.task(name)
 
 
 def test_whoever_sees_everything_names_everything_in_full(store: PrefixStore) -> None:
