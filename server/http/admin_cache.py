@@ -74,7 +74,7 @@ async def evict_task(request: Request, task: str) -> Response:
     info = services.store.task(task)
     live_as_expected(request, info)
     digests = sorted({version.digest for version in info.versions})
-    evictable = [digest for digest in digests if not services.store.is_shared(digest)]
+    evictable = services.store.evictable(digests)
     for digest in evictable:
         services.engine.evict(digest)
     num_dropped = sum(services.store.drop_from_host(digest) for digest in evictable)

@@ -79,12 +79,13 @@ class VisibleStore:
             return True
         return self._granted and self._tenant in info.grants
 
-    def is_shared(self, digest: str) -> bool:
-        """Whether a task that the caller does not see has these bytes too: then they are not the caller's to evict."""
+    def evictable(self, digests: list[str]) -> list[str]:
+        """Those of a task's bytes that no task has which the caller does not see: it would evict them too."""
         if self._tenant is None:
-            return False
+            return digests
         hidden = (info for info in self._store.tasks() if not self.sees(info))
-        return any(version.digest == digest for info in hidden for version in info.versions)
+        shared = {version.digest for info in hidden for version in info.versions}
+        return [digest for digest in digests if digest not in shared]
 
     def similar(self, name: str) -> list[str]:
         """Up to five names that the caller sees and may have meant."""

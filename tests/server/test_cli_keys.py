@@ -130,7 +130,7 @@ def test_only_the_owner_of_the_store_changes_its_keys(
 
 
 def test_with_keys_of_tenants_no_api_key_is_needed_on_the_network() -> None:
-    open_to_all = ServeConfig(host="0.0.0.0", admin_key="x" * 8)  # type: ignore[arg-type]
+    open_to_all = ServeConfig(host="0.0.0.0", admin_key="x" * 8)
 
     check_exposure(open_to_all, keys_made=True)
     with pytest.raises(ConfigError, match="PREFIXD_API_KEY"):

@@ -371,8 +371,8 @@ def test_the_first_key_closes_inference_and_its_end_does_not_open_it(tmp_path: P
     for key in (None, "whatever"):
         assert world.complete(key, "poet").status == 401
         assert world.ask("GET", "/metrics", key).status == 401
-    for key in world.key_store.listed():
-        world.key_store.revoke(key.id)
+    for made in world.key_store.listed():
+        world.key_store.revoke(made.id)
     assert world.complete(None, "poet").status == 401
     assert world.complete("operator", "poet").status == 200
 

@@ -96,4 +96,4 @@ def test_whoever_sees_everything_names_everything_in_full(store: PrefixStore) ->
     assert view.shown_name("acme~hidden") == "acme~hidden"
     assert view.seen_by("acme", granted=False).shown_name("acme~hidden") == "hidden"
     assert view.seen_by("", granted=True).shown_name("poet") == "poet"
-    assert not view.is_shared(store.resolve("poet").digest)
+    assert view.evictable(["sha256:a"]) == ["sha256:a"]
