@@ -6,6 +6,7 @@ The routes come from the app itself, so one without a rule fails here before any
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,32 @@ def path_of(template: str, task: str = "poet", key_id: str = "0123abcd") -> str:
     return re.sub(r"\{([^}]+)\}", lambda match: names[match[1]], template)
 
 
-def body_of(method: str, template: str, task: str = "poet") -> Any:
-    """What makes a request of the route a good one, whichever field it reads a task's name from."""
-    if template.endswith("{task}") and method == "PUT":
+# How routes of inference name a task: what one of them does not understand, another does.
+SHAPES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "prompt": lambda task: {"model": task, "task": task, "prompt": "hi", "max_tokens": 2},
+    "chat": lambda task: {
+        "model": task,
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 2,
+    },
+    "tokens": lambda task: {"model": task, "tokens": [5]},
+    "tgi": lambda task: {"inputs": "hi", "parameters": {"adapter_id": task, "max_new_tokens": 2}},
+}
+
+
+def body_of(method: str, template: str) -> Any:
+    """What makes a request of the route a good one."""
+    if template == "/admin/v1/tasks/{task}" and method == "PUT":
         return make_artifact(seed=99)
-    if method not in ("POST", "PUT"):
-        return None
-    named = {"model": task, "task": task, "adapter_id": task}
-    told = {"prompt": "hi", "max_tokens": 2}
-    if template.startswith("/admin"):
-        return {
-            "aliases": {"version": 1},
-            "compile": {"prompt": "hi"},
-            "keys": {"tenant": "acme", "scopes": ["infer"]},
-        }.get(next((part for part in template.split("/")[::-1] if part in ("aliases", "compile", "keys")), ""), {})  # fmt: skip
-    return {**named, **told}
+    bodies: dict[str, Any] = {
+        "aliases/{alias}": {"version": 1},
+        "compile": {"prompt": "hi"},
+        "keys": {"tenant": "acme", "scopes": ["infer"]},
+    }
+    found = [body for end, body in bodies.items() if template.endswith(end)]
+    if found or template.startswith("/admin"):
+        return found[0] if found and method in ("POST", "PUT") else None
+    return SHAPES["prompt"]("poet") if method == "POST" else None
 
 
 def ask(world: World, method: str, template: str, key: str | None, **more: Any) -> Any:
@@ -240,9 +252,24 @@ def without_names(answer: Any, name: str) -> tuple[Any, ...]:
     return answer.status, headers, re.sub(r"[0-9a-f]{32}", "ID", text)
 
 
-@every_route
+def asked_about(world: World, method: str, template: str, name: str, body: Any) -> Any:
+    """What beta is told of a task, and that acme's tasks are as they were."""
+    path = path_of(template, name).replace("s/live", "s/canary")
+    answer = world.ask(method, path, "beta", body=body)
+    theirs = [t for t in world.store.tasks() if t.name.startswith("acme~")]
+    assert [t.name for t in theirs] == ["acme~hidden", "acme~poet"]
+    assert theirs[0].live is not None
+    assert theirs[0].live.digest not in answer.text
+    return answer
+
+
+NAMED = [(m, p) for m, p in ROUTES if "{task}" in p or "{model_id" in p]
+INFERRING = [(m, p) for m, p in ROUTES if SCOPES[p] is Scope.INFER and m == "POST"]
+
+
+@pytest.mark.parametrize(("method", "template"), NAMED)
 @pytest.mark.parametrize("short", [False, True])
-def test_a_foreign_task_fares_as_one_that_does_not_exist(
+def test_a_foreign_task_in_a_path_fares_as_one_that_does_not_exist(
     tmp_path: Path, method: str, template: str, short: bool
 ) -> None:
     """Same status, same words, same headers, and nothing happens; `hidden` is of acme, `absent` of nobody."""
@@ -251,25 +278,38 @@ def test_a_foreign_task_fares_as_one_that_does_not_exist(
         name = task if short else f"acme~{task}"
         world = make_world(tmp_path / task)
         before = world.state()
-        answer = world.ask(
-            method,
-            path_of(template, name).replace("s/live", "s/canary"),
-            "beta",
-            body=body_of(method, template, name),
-        )
-        theirs = [t for t in world.store.tasks() if t.name.startswith("acme~")]
-        assert [t.name for t in theirs] == ["acme~hidden", "acme~poet"]
-        assert theirs[0].live is not None
-        assert theirs[0].live.digest not in answer.text
-        named = "{task}" in template or template.startswith(
-            ("/v1/models/{", "/v1/completions", "/generate")
-        )
-        if named and not (short and method in ("PUT", "POST") and "/admin" in template):
+        answer = asked_about(world, method, template, name, body_of(method, template))
+        makes_its_own = short and template.endswith(("{task}", "compile")) and method != "GET"
+        if not makes_its_own or method == "DELETE":
             assert answer.status in (403, 404)
             assert world.state() == before
         answers.append(without_names(answer, name))
 
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("method", "template"), INFERRING)
+@pytest.mark.parametrize("short", [False, True])
+def test_so_does_one_in_a_body(tmp_path: Path, method: str, template: str, short: bool) -> None:
+    """In every shape. One of them is the route's own: with it, the owner gets an answer."""
+    names = {task: task if short else f"acme~{task}" for task in ("hidden", "absent")}
+    worlds = {task: make_world(tmp_path / task) for task in names}
+    statuses, own = set(), set()
+    for shape in SHAPES.values():
+        told = []
+        for task, name in names.items():
+            before = worlds[task].state()
+            answer = asked_about(worlds[task], method, template, name, shape(name))
+            assert worlds[task].state() == before
+            told.append(without_names(answer, name))
+            statuses.add(answer.status)
+        assert told[0] == told[1]
+        path = path_of(template)
+        own.add(worlds["hidden"].ask(method, path, "acme", body=shape(names["hidden"])).status)
+
+    assert min(statuses) >= 400
+    assert 404 in statuses, "no shape here names a task as this route does: add one"
+    assert 200 in own
 
 
 @every_route
