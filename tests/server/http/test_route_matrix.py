@@ -294,7 +294,8 @@ def test_so_does_one_in_a_body(tmp_path: Path, method: str, template: str, short
     """In every shape. One of them is the route's own: with it, the owner gets an answer."""
     names = {task: task if short else f"acme~{task}" for task in ("hidden", "absent")}
     worlds = {task: make_world(tmp_path / task) for task in names}
-    statuses, own = set(), set()
+    statuses: set[int] = set()
+    own: set[int] = set()
     for shape in SHAPES.values():
         told = []
         for task, name in names.items():
