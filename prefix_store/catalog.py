@@ -9,15 +9,14 @@ the record is made durable; readers take no lock and see one immutable state of 
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from prefix_store import records
 from prefix_store.backends.base import RecordLog
+from prefix_store.conditions import check_canary, check_match
 from prefix_store.errors import (
     NoSuchMove,
     PreconditionFailed,
@@ -25,20 +24,28 @@ from prefix_store.errors import (
     UnknownTask,
     UnknownVersion,
 )
+from prefix_store.name_index import NameIndex
 from prefix_store.records import (
     CanaryRecord,
     DeleteRecord,
     EndCanaryRecord,
+    EndGrantRecord,
+    GrantRecord,
     PromoteRecord,
     PublishRecord,
     Record,
     RollbackRecord,
     StoreRecord,
 )
-from prefix_store.spec import Canary, PrefixManifest, PrefixVersion, TaskInfo, check_task_name
-from prefix_store.task_log import BrokenLog, TaskLog, replay
-
-logger = logging.getLogger(__name__)
+from prefix_store.spec import (
+    Canary,
+    PrefixManifest,
+    PrefixVersion,
+    TaskInfo,
+    check_task_name,
+    tenant_of,
+)
+from prefix_store.task_log import BrokenLog, TaskLog, replay, replay_or_broken
 
 _BY_NUMBER: Final = re.compile(r"v([1-9][0-9]{0,8})")
 _BY_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{12,64}")
@@ -68,9 +75,9 @@ class Catalog:
         self._log = log
         self._lock = threading.Lock()  # held by writers, for one whole check-append-advance
         self._state: Mapping[str, TaskLog | BrokenLog] = {  # replaced, never changed
-            name: _replay_or_broken(name, payloads) for name, payloads in log.read_logs().items()
+            name: replay_or_broken(name, payloads) for name, payloads in log.read_logs().items()
         }
-        self._names: tuple[object, tuple[str, ...]] = (None, ())  # of which state, and its names
+        self._names: tuple[object, NameIndex] = (None, NameIndex(()))  # of which state
 
     def publish(
         self,
@@ -152,7 +159,7 @@ class Catalog:
         with self._lock:
             version = self.get(task, f"v{number}")
             log = self._existing(task)
-            _check_canary(log, task, if_match=if_match, if_none_match=if_none_match)
+            check_canary(log, task, if_match=if_match, if_none_match=if_none_match)
             if version == log.live:
                 raise NoSuchMove(
                     f"version {number} of task {task!r} is live; its canary is another"
@@ -170,8 +177,29 @@ class Catalog:
         with self._lock:
             self.get(task, CANARY)
             log = self._existing(task)
-            _check_canary(log, task, if_match=if_match)
+            check_canary(log, task, if_match=if_match)
             self._append(log, EndCanaryRecord(**_frame(log, task)))
+
+    def grant(self, task: str, tenant: str) -> bool:
+        """Let another `tenant` use the task; durable on return. False: it may already, or owns the task.
+
+        Raises `UnknownTask`.
+        """
+        with self._lock:
+            log = self._existing(task)
+            if tenant in log.grants or tenant == tenant_of(task):
+                return False
+            self._append(log, GrantRecord(**_frame(log, task), tenant=tenant))
+            return True
+
+    def end_grant(self, task: str, tenant: str) -> bool:
+        """End what `grant` began; durable on return. False: there was no grant. Raises `UnknownTask`."""
+        with self._lock:
+            log = self._existing(task)
+            if tenant not in log.grants:
+                return False
+            self._append(log, EndGrantRecord(**_frame(log, task), tenant=tenant))
+            return True
 
     def delete(self, task: str, *, if_match: str | None = None) -> tuple[PrefixVersion, ...]:
         """Remove the task with all its versions, which are returned; durable on return.
@@ -197,7 +225,7 @@ class Catalog:
             raise PreconditionFailed(
                 f"task {task!r} exists already, at version {log.versions[-1].version}"
             )
-        _check_match(f"live version of task {task!r}", log.live, if_match)
+        check_match(f"live version of task {task!r}", log.live, if_match)
 
     def live(self, task: str) -> PrefixVersion:
         """What the bare name means, canaries aside.
@@ -253,15 +281,25 @@ class Catalog:
         infos = [log.info(log.versions[0].task) for log in logs]
         return sorted(infos, key=lambda info: info.name)
 
-    def names(self) -> tuple[str, ...]:
-        """The names of all tasks that have a live version, sorted; made once for each state."""
+    def names(self) -> NameIndex:
+        """The names of all tasks that have a live version, and who sees which; made once for each state."""
         state = self._state
         made_of, names = self._names
         if made_of is not state:
             logs = [log for log in state.values() if isinstance(log, TaskLog)]
-            names = tuple(sorted(log.live.task for log in logs if log.live))
+            names = NameIndex((log.live.task, log.grants) for log in logs if log.live)
             self._names = (state, names)
         return names
+
+    def grants(self, task: str) -> frozenset[str]:
+        """To whom a task is granted; nobody, if there is no such task, or its log is damaged. Never raises."""
+        log = self._state.get(records.log_name(task))
+        return log.grants if isinstance(log, TaskLog) else frozenset()
+
+    def is_taken(self, task: str) -> bool:
+        """Whether there is a task of this name, if only a damaged one. Never raises."""
+        log = self._state.get(records.log_name(task))
+        return isinstance(log, BrokenLog) or bool(log and log.versions)
 
     def num_broken(self) -> int:
         """How many logs failed their checks. While there are any, no blob may be called unreferenced."""
@@ -302,47 +340,11 @@ class Catalog:
         return advanced
 
 
-def _replay_or_broken(name: str, payloads: Mapping[int, bytes]) -> TaskLog | BrokenLog:
-    try:
-        return replay(name, payloads)
-    except BrokenLog as broken:
-        logger.warning(
-            "version log %s is damaged, its task is unavailable until it is restored: %s",
-            name,
-            broken,
-        )
-        return broken
-
-
-def _check_canary(
-    log: TaskLog, task: str, *, if_match: str | None, if_none_match: bool = False
-) -> None:
-    if if_none_match and log.canary is not None:
-        number = log.canary.version.version
-        raise PreconditionFailed(f"task {task!r} has a canary already, version {number}")
-    canary = log.canary.version if log.canary else None
-    _check_match(f"canary of task {task!r}", canary, if_match)
-
-
-def _check_match(what: str, present: PrefixVersion | None, if_match: str | None) -> None:
-    if if_match is None:
-        return
-    if present is None:
-        raise PreconditionFailed(f"there is no {what} to match")
-    if if_match not in ("*", present.digest):
-        raise PreconditionFailed(f"the {what} is {present.digest}")
-
-
 def _frame(log: TaskLog, task: str) -> dict[str, Any]:
     """The fields that tie a new record to the end of `log`."""
     return {
         "index": log.num_records + 1,
         "prev": log.last_hash,
         "task": task,
-        "created_at": _now(),
+        "created_at": records.now(),
     }
-
-
-def _now() -> str:
-    """Wall clock, for people only; order is the record's index."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

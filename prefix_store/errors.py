@@ -11,12 +11,16 @@
      |    `-- DigestMismatch          the bytes are not those that the caller announced
      |-- ArtifactTooLarge        more bytes than any prefix for this model can have
      |-- InvalidTaskName         not a name that a task can have
+     |-- InvalidTenantName       not a name that a tenant can have
      |-- UnknownTask             no such task, or it was deleted
      |-- UnknownVersion          the task exists, that version of it does not
      |-- NoSuchMove              an alias can not be moved so: nothing to roll back to, a canary that is live
      |-- PreconditionFailed      If-Match / If-None-Match did not hold
      |-- PrefixUnavailable       stored, but its bytes can not be read back intact
+     |-- UnknownKey              no API key has this id
+     |-- KeyNotIssued            a key can not be made as asked: scopes or times that it may not have
      |-- AuditDamaged            the audit log is not what was written to it
+     |-- KeysDamaged             the records of API keys are not what was written
      |-- StoreFull               no room left on the device
      |-- StoreFailed             the file system refused an operation; nothing was changed
      `-- StoreLocked             another process owns this store directory
@@ -109,6 +113,10 @@ class InvalidTaskName(PrefixStoreError):
     """Task names are 1 to 63 of `a-z 0-9 . _ -` and begin with a letter or digit."""
 
 
+class InvalidTenantName(PrefixStoreError):
+    """Tenant names are 1 to 31 of `a-z 0-9 -` and begin with a letter or digit."""
+
+
 class UnknownTask(PrefixStoreError):
     """No task of this name has a live version."""
 
@@ -127,6 +135,18 @@ class PreconditionFailed(PrefixStoreError):
 
 class PrefixUnavailable(PrefixStoreError):
     """An acknowledged version whose bytes can not be read back intact."""
+
+
+class UnknownKey(PrefixStoreError):
+    """No API key was ever made with this id."""
+
+
+class KeyNotIssued(PrefixStoreError):
+    """A key was asked for that no rule allows; the message says which."""
+
+
+class KeysDamaged(PrefixStoreError):
+    """The records of API keys were changed by something else than this program; none of them is trusted."""
 
 
 class AuditDamaged(PrefixStoreError):

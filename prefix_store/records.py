@@ -4,14 +4,15 @@ A record is one JSON object. It names its place (`index`, from 1), the task, and
 before it (`prev`), so a record that was changed, lost, swapped or moved to another task is noticed. It ends with
 a SHA-256 over itself, the seal, because nothing names the hash of the last one, and there a flipped bit could move
 `live`. Records from before seals have none and are read as they are. A `kind` never changes its meaning or its fields: what is new gets a new kind, so old logs stay readable for ever, and
-a program that does not know a kind finds the log damaged instead of reading it wrongly. Pure functions on any
-thread; called by `catalog`.
+a program that does not know a kind finds the log damaged instead of reading it wrongly. Functions on any thread; called by `catalog`, and for their seals
+by `key_records`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -82,8 +83,22 @@ class EndCanaryRecord(_Record):
     kind: Literal["end_canary"] = "end_canary"
 
 
+class GrantRecord(_Record):
+    """From here on, `tenant` may use the task, which belongs to another."""
+
+    kind: Literal["grant"] = "grant"
+    tenant: str = Field(min_length=1)
+
+
+class EndGrantRecord(_Record):
+    """From here on, `tenant` may not use the task any more."""
+
+    kind: Literal["end_grant"] = "end_grant"
+    tenant: str = Field(min_length=1)
+
+
 class DeleteRecord(_Record):
-    """From here on, the task is gone, with all versions so far."""
+    """From here on, the task is gone, with all versions and grants so far."""
 
     kind: Literal["delete"] = "delete"
 
@@ -95,6 +110,8 @@ Record = (
     | RollbackRecord
     | CanaryRecord
     | EndCanaryRecord
+    | GrantRecord
+    | EndGrantRecord
     | DeleteRecord
 )
 _ADAPTER: Final[TypeAdapter[Record]] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
@@ -112,18 +129,28 @@ def sealed(text: bytes) -> bytes:
 
 def load(payload: bytes) -> Record:
     """The record in `payload`. Raises `ValueError` when it is not one, or not what its seal says."""
+    return _ADAPTER.validate_json(unsealed(payload))
+
+
+def unsealed(payload: bytes) -> bytes:
+    """The JSON object without its seal, if it has one. Raises `ValueError` when it is not what that says."""
     seal = _SEAL.fullmatch(payload[-_SEAL_BYTES:])
     if seal is None:  # no kind has such a field, so a damaged seal is refused as an unknown one
-        return _ADAPTER.validate_json(payload)
+        return payload
     text = payload[:-_SEAL_BYTES] + b"}"
     if chain_hash(text) != seal[1].decode():
         raise ValueError("the record is not what its seal says")
-    return _ADAPTER.validate_json(text)
+    return text
 
 
 def chain_hash(payload: bytes) -> str:
     """What the next record's `prev` must be."""
     return hashlib.sha256(payload).hexdigest()
+
+
+def now() -> str:
+    """When a record is made: wall clock, for people only; order is the record's index."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def log_name(task: str) -> str:

@@ -15,14 +15,19 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
-from prefix_store.errors import InvalidTaskName
+from prefix_store.errors import InvalidTaskName, InvalidTenantName
 
 FORMAT_VERSION: Final = 1
 MANIFEST_KEY: Final = "prefixd"
 DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_TASK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_TENANT: Final = r"[a-z0-9][a-z0-9-]{0,30}"
+_TENANT_NAME: Final = re.compile(_TENANT)
+_TASK_NAME: Final = re.compile(rf"(?:{_TENANT}~)?[a-z0-9][a-z0-9._-]{{0,62}}")
+
+OPERATOR: Final = ""
+"""In place of a tenant's name: whoever runs the server. Operator's tasks have no tenant in their names."""
 
 
 def check_task_name(name: str) -> str:
@@ -30,9 +35,30 @@ def check_task_name(name: str) -> str:
     if not _TASK_NAME.fullmatch(name) or ".." in name:
         shown = name if len(name) <= 80 else name[:77] + "..."
         raise InvalidTaskName(
-            f"task name {shown!r}: expected 1 to 63 of a-z 0-9 . _ - beginning with a letter or digit"
+            f"task name {shown!r}: expected 1 to 63 of a-z 0-9 . _ - beginning with a letter or digit, "
+            "perhaps with tenant~ before them"
         )
     return name
+
+
+def check_tenant_name(name: str) -> str:
+    """`name` itself; raises `InvalidTenantName` when it can not name a tenant."""
+    if not _TENANT_NAME.fullmatch(name):
+        raise InvalidTenantName(
+            f"tenant name {name[:80]!r}: expected 1 to 31 of a-z 0-9 - beginning with a letter or digit"
+        )
+    return name
+
+
+def full_name(tenant: str, task: str) -> str:
+    """`tenant~task`: what the task that `tenant` calls `task` is called everywhere. A full name stays as it is."""
+    return task if tenant == OPERATOR or "~" in task else f"{tenant}~{task}"
+
+
+def tenant_of(task: str) -> str:
+    """The tenant to whom a task belongs, by its full name; `OPERATOR` if there is none in it."""
+    tenant, tilde, _ = task.partition("~")
+    return tenant if tilde else OPERATOR
 
 
 def digest_of(data: bytes | bytearray) -> str:
@@ -245,7 +271,7 @@ class TaskInfo:
     """A task with its versions, oldest first.
 
     `live`: what the bare name resolves to; None while every version was only stored. `previous`: what a
-    rollback would make live.
+    rollback would make live. `grants`: the tenants that may use it beside its own, by name.
     """
 
     name: str
@@ -253,6 +279,7 @@ class TaskInfo:
     versions: tuple[PrefixVersion, ...]
     canary: Canary | None = None
     previous: PrefixVersion | None = None
+    grants: tuple[str, ...] = ()
 
 
 def split_ref(ref: str) -> tuple[str, str | None]:

@@ -189,6 +189,24 @@ class PrefixStore:
         """End a trial. Raises as `Catalog.end_canary` does."""
         self._catalog.end_canary(task, if_match=if_match)
 
+    # ---- tenants -------------------------------------------------------------------------------
+
+    def grant(self, task: str, tenant: str) -> bool:
+        """Let another tenant use a task. Blocks. As `Catalog.grant`."""
+        return self._catalog.grant(task, tenant)
+
+    def end_grant(self, task: str, tenant: str) -> bool:
+        """End that. Blocks. As `Catalog.end_grant`."""
+        return self._catalog.end_grant(task, tenant)
+
+    def is_granted(self, task: str, tenant: str) -> bool:
+        """Whether a tenant may use a task of another; False for a task that there is not."""
+        return tenant in self._catalog.grants(task)
+
+    def is_taken(self, task: str) -> bool:
+        """Whether there is a task of this name, if only a damaged one."""
+        return self._catalog.is_taken(task)
+
     # ---- removal -------------------------------------------------------------------------------
 
     def delete(self, task: str, *, if_match: str | None = None) -> list[str]:
@@ -249,9 +267,11 @@ class PrefixStore:
         """How many versions a task has had, deleted ones included; 0 for a name that was never used."""
         return self._catalog.num_versions_ever(name)
 
-    def similar(self, name: str, limit: int = 5) -> list[str]:
-        """Names of tasks that `name` may have been meant to be, the closest first."""
-        return similar_names(name, self._catalog.names(), limit)
+    def similar(self, name: str, limit: int = 5, *, seen_by: str | None = None) -> list[str]:
+        """Names that `name` may have been meant to be, the closest first; only those that a tenant sees, if one is given."""
+        names = self._catalog.names()
+        known = names.everything if seen_by is None else names.seen_by(seen_by)
+        return similar_names(name, known, limit)
 
     def load(self, digest: str) -> LoadedPrefix:
         """A prefix in the serving dtype, from host memory or else from disk. Blocks.

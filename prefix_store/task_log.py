@@ -6,6 +6,7 @@ what is stored and to advance after an append, so the two can not disagree.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from prefix_store.records import (
     CanaryRecord,
     DeleteRecord,
     EndCanaryRecord,
+    EndGrantRecord,
+    GrantRecord,
     PromoteRecord,
     PublishRecord,
     Record,
@@ -21,6 +24,8 @@ from prefix_store.records import (
     StoreRecord,
 )
 from prefix_store.spec import Canary, PrefixVersion, TaskInfo
+
+logger = logging.getLogger(__name__)
 
 
 class BrokenLog(Exception):
@@ -33,7 +38,8 @@ class TaskLog:
 
     `lives`: the versions that were live, the present one last. A promotion adds one, a rollback takes one
     away, so two rollbacks go back two promotions. `num_versions` counts all versions that ever were, so that
-    a number is never given twice. Invariant: the canary is another version than the live one.
+    a number is never given twice. `grants`: the tenants that may use the task beside its own.
+    Invariants: the canary is another version than the live one; without versions there are no grants.
     """
 
     num_records: int = 0
@@ -42,6 +48,7 @@ class TaskLog:
     versions: tuple[PrefixVersion, ...] = ()
     lives: tuple[PrefixVersion, ...] = ()
     canary: Canary | None = None
+    grants: frozenset[str] = frozenset()
 
     @property
     def live(self) -> PrefixVersion | None:
@@ -55,7 +62,8 @@ class TaskLog:
 
     def info(self, name: str) -> TaskInfo:
         """The task as its users see it."""
-        return TaskInfo(name, self.live, self.versions, self.canary, self.previous)
+        grants = tuple(sorted(self.grants))
+        return TaskInfo(name, self.live, self.versions, self.canary, self.previous, grants)
 
     def find(self, number: int) -> PrefixVersion | None:
         """The version with this number, if it can be named."""
@@ -85,8 +93,12 @@ class TaskLog:
                 return log._with_canary(number, weight, record.index)
             case EndCanaryRecord():
                 return replace(log, canary=None)
+            case GrantRecord(tenant=tenant):
+                return log._granted(log.grants | {tenant}, record.index)
+            case EndGrantRecord(tenant=tenant):
+                return log._granted(log.grants - {tenant}, record.index)
             case DeleteRecord():
-                return replace(log, versions=(), lives=(), canary=None)
+                return replace(log, versions=(), lives=(), canary=None, grants=frozenset())
 
     def _stored(self, record: PublishRecord | StoreRecord) -> TaskLog:
         if record.version != self.num_versions + 1:
@@ -116,6 +128,11 @@ class TaskLog:
             raise BrokenLog(f"record {index} makes the live version the canary")
         return replace(self, canary=Canary(version, weight))
 
+    def _granted(self, grants: frozenset[str], index: int) -> TaskLog:
+        if not self.versions or grants == self.grants:
+            raise BrokenLog(f"record {index} grants or ends what it can not")
+        return replace(self, grants=grants)
+
     def _named(self, number: int, index: int) -> PrefixVersion:
         version = self.find(number)
         if version is None:
@@ -137,6 +154,19 @@ def replay(name: str, payloads: Mapping[int, bytes]) -> TaskLog:
             raise BrokenLog(f"record {index} belongs to another task")
         log = log.apply(record, payloads[index])
     return log
+
+
+def replay_or_broken(name: str, payloads: Mapping[int, bytes]) -> TaskLog | BrokenLog:
+    """As `replay`; a log that can not be trusted is returned, and logged."""
+    try:
+        return replay(name, payloads)
+    except BrokenLog as broken:
+        logger.warning(
+            "version log %s is damaged, its task is unavailable until it is restored: %s",
+            name,
+            broken,
+        )
+        return broken
 
 
 def _version(record: PublishRecord | StoreRecord) -> PrefixVersion:

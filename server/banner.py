@@ -12,6 +12,7 @@ from typing import Final
 
 import demo
 from prefix_store import PrefixVersion
+from prefix_store.key_store import KeyStore
 from server import __version__
 from server.bootstrap import Application, ServingEngine
 from server.kvcache.pool_plan import PoolPlan
@@ -37,11 +38,13 @@ def start_up_summary(application: Application, url: str) -> str:
         ("health", f"{url}/healthz  {url}/readyz  {url}/metrics"),
         ("store", str(config.store_dir)),
         ("admin key", _admin_key(serving)),
+        ("inference", "asks for a key" if _asks_for_key(application) else "open, without a key"),
         ("loaded in", f"{application.start_seconds:.1f} s"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
-    return "\n".join([f"prefixd {__version__}", *lines, "", "Try:", first_request(serving, url)])
+    first = first_request(serving, url, with_key=_asks_for_key(application))
+    return "\n".join([f"prefixd {__version__}", *lines, "", "Try:", first])
 
 
 def _memory(pool: PoolPlan) -> list[tuple[str, str]]:
@@ -94,14 +97,20 @@ def _admin_key(serving: ServingEngine) -> str:
     return "as configured"
 
 
-def first_request(serving: ServingEngine, url: str) -> str:
-    """A `curl` command that works as it stands."""
+def _asks_for_key(application: Application) -> bool:
+    """Whether inference is for those alone who have a key."""
+    made = KeyStore.has_keys(application.serving.config.store_dir / "keys")
+    return made or application.serving.config.api_key is not None
+
+
+def first_request(serving: ServingEngine, url: str, *, with_key: bool) -> str:
+    """A `curl` command that works as it stands, but for the key, if one is needed."""
     samples = demo.load_samples() if serving.is_demo else []
     tasks = serving.store.tasks()
     name = samples[0].task if samples else tasks[0].name if tasks else serving.model.model_id
     prompt = samples[0].prompt if samples else "Once upon a time"
     body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 64, "temperature": 0})
-    key = "-H 'Authorization: Bearer $PREFIXD_API_KEY' " if serving.config.api_key else ""
+    key = "-H 'Authorization: Bearer $PREFIXD_API_KEY' " if with_key else ""
     header = "-H 'Content-Type: application/json' "
     return (
         f"  curl {url}/v1/completions {key.replace(chr(39), chr(34))}{header}-d {shlex.quote(body)}"

@@ -119,7 +119,9 @@ class Application:
 def build(config: ServeConfig) -> Application:
     """Model, store, engine, metrics and web application. Raises `PrefixdError` or `PrefixStoreError`."""
     from prefix_store.audit_log import AuditLog
+    from prefix_store.key_store import KeyStore
     from server.http.app import Services, create_app
+    from server.http.visible_store import VisibleStore
 
     started = time.monotonic()
     config = config.with_generated_admin_key()
@@ -144,7 +146,8 @@ def build(config: ServeConfig) -> Application:
         logger.warning("cut %d bytes of a torn last line off the audit log", audit.torn_bytes)
     services = Services(
         engine=serving.engine,
-        store=serving.store,
+        store=VisibleStore(serving.store),
+        keys=KeyStore(config.store_dir / "keys"),
         intake=serving.intake,
         metrics=metrics,
         model_id=model.model_id,

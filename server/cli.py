@@ -2,6 +2,7 @@
 
     prefixd serve | demo | generate | config show | version      here
     prefixd tasks ...                                            in `server.cli_tasks`
+    prefixd keys ...                                             in `server.cli_keys`
     prefixd convert | inspect | verify | audit verify            in `server.cli_*` of that name
     prefixd train | sweep | doctor | evaluate | hand-over        in `server.cli_train`
     prefixd bench                                                in `server.cli_bench`
@@ -22,11 +23,13 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import SecretStr
 
 from prefix_store.errors import PrefixStoreError
+from prefix_store.key_store import KeyStore
 from server import __version__
 from server.cli_audit import audit_app
 from server.cli_bench import bench_app
 from server.cli_convert import convert_app
 from server.cli_inspect import inspect_app
+from server.cli_keys import keys_app
 from server.cli_report import show_error
 from server.cli_tasks import tasks_app
 from server.cli_train import (
@@ -68,6 +71,7 @@ app = App(
 )
 config_app = App(name="config", help="Look at the configuration.")
 app.command(tasks_app)
+app.command(keys_app)
 app.command(audit_app)
 app.command(convert_app)
 app.command(train_app)
@@ -158,7 +162,8 @@ def run_demo(
 
         try:
             await _print_banner(application, server, url)
-            came_out.append(await show_samples(url, application.serving.config.api_key))
+            keys = application.serving.config
+            came_out.append(await show_samples(url, keys.api_key or keys.admin_key))
         finally:
             server.should_exit = server.should_exit or once
         if not once:
@@ -179,7 +184,7 @@ async def _print_banner(application: Application, _: uvicorn.Server, url: str) -
 
 def _serve(config: ServeConfig, on_started: OnStarted) -> int:
     """Runs the server; `on_started` runs beside it as soon as it answers."""
-    check_exposure(config)
+    check_exposure(config, keys_made=KeyStore.has_keys(config.store_dir / "keys"))
     # Before the model is loaded: a taken port should not cost a load.
     with _bind(config.host, config.port) as listener:
         from server import bootstrap

@@ -15,6 +15,14 @@ def show_error(error: Exception) -> None:
     Console(stderr=True).print(box)
 
 
+def show_note(text: str) -> None:
+    """Something for people, beside what a programme reads from the standard output."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(shown(text)), soft_wrap=True)
+
+
 def lines_of(report: dict[str, Any]) -> list[str]:
     """A report of `server.engine.intake`, for a terminal."""
     probe = report["proof"]["probe"]

@@ -2,6 +2,7 @@
 
 push | pull                                  in `server.cli_transfer`
 list | show | promote | rollback | canary | pin | unpin | warm | evict | rm        here
+grant | revoke-grant                                                               here
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Annotated, Any, Final, TypeAlias
 
 from cyclopts import App, Parameter
 
+from prefix_store.errors import InvalidTenantName
+from prefix_store.spec import check_tenant_name
 from server.cli_client import AdminKey, CommandFailed, Url, call, task_path
 from server.cli_transfer import pull, push
 
@@ -124,11 +127,32 @@ def evict(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     return f"{task} evicted, {len(answer['digests'])} versions"
 
 
+@tasks_app.command
+def grant(task: str, tenant: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
+    """Let another tenant's keys infer with a task."""
+    answer = call("PUT", _grant_path(task, tenant), url, admin_key).json()
+    return f"{answer['task']} granted to {', '.join(answer['grants']) or 'nobody'}"
+
+
+@tasks_app.command
+def revoke_grant(task: str, tenant: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
+    """End that."""
+    call("DELETE", _grant_path(task, tenant), url, admin_key)
+    return f"{task} is not granted to {tenant}"
+
+
 @tasks_app.command(name="rm")
 def remove(task: str, *, url: Url = None, admin_key: AdminKey = None) -> str:
     """Remove a task with all its versions."""
     call("DELETE", task_path(task), url, admin_key)
     return f"{task} removed"
+
+
+def _grant_path(task: str, tenant: str) -> str:
+    try:
+        return task_path(task, f"/grants/{check_tenant_name(tenant)}")
+    except InvalidTenantName as error:
+        raise CommandFailed(str(error)) from None
 
 
 def _move(

@@ -319,11 +319,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_exposure(config: ServeConfig) -> None:
-    """Raises `ConfigError` when the network could reach the server without a key."""
+def check_exposure(config: ServeConfig, *, keys_made: bool = False) -> None:
+    """Raises `ConfigError` when the network could reach the server without a key.
+
+    `keys_made`: the store has keys of tenants, so that inference asks for one also without an API key.
+    """
     if config.insecure or is_loopback(config.host):
         return
-    missing = [name for name in ("admin_key", "api_key") if getattr(config, name) is None]
+    needed = ("admin_key",) if keys_made else ("admin_key", "api_key")
+    missing = [name for name in needed if getattr(config, name) is None]
     if missing:
         variables = " and ".join(f"{ENV_PREFIX}{name.upper()}" for name in missing)
         raise ConfigError(

@@ -30,6 +30,7 @@ MAX_FORGOTTEN: Final = 4096
 
 ENDPOINTS: Final = ("completions", "generate")
 OUTCOMES: Final = ("stop", "length", "cancelled", "error", "rejected")
+AUTH_FAILURES: Final = ("missing", "malformed", "wrong", "expired", "revoked", "scope")
 REJECTIONS: Final = ("queue_full", "stopped", "too_long")
 _ROLE: Final = ("task", "version_role")
 _OPENMETRICS: Final = "application/openmetrics-text"
@@ -191,7 +192,7 @@ class Metrics:
                 self._requests.labels(BASE_TASK, endpoint, outcome)
         for reason in REJECTIONS:
             self._rejections.labels(reason)
-        for reason in ("missing", "wrong"):
+        for reason in AUTH_FAILURES:
             self._auth.labels(reason)
         for tier in _TIERS:
             self._lookups.labels(tier)
@@ -312,7 +313,7 @@ class Metrics:
         self._admin.labels(operation, result).inc()
 
     def auth_failure(self, reason: str) -> None:
-        """A request without a key (`missing`), or with one that does not fit (`wrong`)."""
+        """A request whose key opens nothing, or not its route; `reason` is of `AUTH_FAILURES`."""
         self._auth.labels(reason).inc()
 
     def welcome_task(self, task: str) -> None:

@@ -34,8 +34,8 @@ LONGER_FOR_A_REASON = {
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
 BUDGET_LINES = {
-    "server": 14_700,
-    "prefix_store": 4_700,
+    "server": 15_500,
+    "prefix_store": 5_400,
     "demo": 2_500,
     "converter": 1_300,
     "trainer": 11_000,

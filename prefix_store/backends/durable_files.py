@@ -119,6 +119,12 @@ def make_dir(path: Path) -> None:
     sync_dir(path.parent)
 
 
+def make_dirs(path: Path) -> None:
+    """A directory, and the parents that it lacks, each with a name that lasts."""
+    for missing in reversed([p for p in (path, *path.parents) if not exists(p)]):
+        make_dir(missing)
+
+
 def link_new(source: Path, target: Path) -> None:
     """Give a synced file a second name that lasts. Raises `FileExistsError` if `target` exists.
 

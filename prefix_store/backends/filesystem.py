@@ -46,7 +46,7 @@ class FilesystemBackend:
         self._sizes_lock = threading.Lock()  # never held across a file operation
         self._blob_sizes: dict[str, int] = {}  # digest -> bytes
         with files.translated_errors():
-            _make_root(root)
+            files.make_dirs(root)
             self._lock_fd = _lock(root / "lock")
             try:
                 self._recover()
@@ -279,13 +279,6 @@ class FileStagedBlob:
             files.close_quietly(self._fd)
             files.remove(self._path)
             self._fd = -1
-
-
-def _make_root(root: Path) -> None:
-    """The store's directory and the parents that it lacks, each with a name that lasts."""
-    missing = [path for path in (root, *root.parents) if not files.exists(path)]
-    for path in reversed(missing):
-        files.make_dir(path)
 
 
 def _lock(path: Path) -> int:

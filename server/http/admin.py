@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prefix_store.errors import PreconditionFailed
-from prefix_store.spec import PrefixVersion, TaskInfo
+from prefix_store.spec import PrefixVersion, TaskInfo, tenant_of
 from server.http.generation import free
 from server.http.json_text import json_response
 from server.http.preconditions import if_match
@@ -25,9 +25,14 @@ async def list_tasks(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=128)] = "",
     q: Annotated[str, Query(max_length=128)] = "",
+    tenant: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Response:
-    """Tasks by name; `after` is the last name of the page before, `q` a part of the name."""
-    found = [t for t in services_of(request).store.tasks() if t.name > after and q in t.name]
+    """Tasks by full name; `after` is the last name of the page before, `q` a part of the name, `tenant` the owner."""
+    found = [
+        info
+        for info in services_of(request).store.tasks()
+        if info.name > after and q in info.name and tenant in (None, tenant_of(info.name))
+    ]
     page = found[:limit]
     answer = {
         "object": "list",
@@ -49,10 +54,11 @@ async def delete_task(request: Request, task: str) -> Response:
     """Removes a task with all its versions; requests that run with it finish, then its bytes go."""
     services = services_of(request)
     note(request, task=task)
-    unnamed = await run_in_threadpool(services.store.delete, task, if_match=if_match(request))
-    services.engine.unpin(task)
+    full = services.store.full_name(task)
+    unnamed = await run_in_threadpool(services.store.delete, full, if_match=if_match(request))
+    services.engine.unpin(full)
     await free(services, unnamed)
-    services.metrics.forget_task(task)
+    services.metrics.forget_task(full)
     services.metrics.admin_operation("delete", "done")
     return Response(status_code=204)
 
@@ -123,6 +129,8 @@ def summary(info: TaskInfo) -> dict[str, Any]:
     return {
         "object": "task",
         **described(info.live or info.versions[-1]),
+        "tenant": tenant_of(info.name) or None,
+        "grants": list(info.grants),
         "live": info.live and info.live.version,
         "previous": info.previous and info.previous.version,
         "canary": canary,

@@ -44,8 +44,9 @@ async def unpin_task(request: Request, task: str) -> Response:
     """Lets the LRU decide about a task again."""
     services = services_of(request)
     note(request, task=task)
-    live_as_expected(request, services.store.task(task))
-    services.engine.unpin(task)
+    info = services.store.task(task)
+    live_as_expected(request, info)
+    services.engine.unpin(info.name)
     services.metrics.admin_operation("unpin", "done")
     return Response(status_code=204)
 
@@ -73,21 +74,24 @@ async def evict_task(request: Request, task: str) -> Response:
     info = services.store.task(task)
     live_as_expected(request, info)
     digests = sorted({version.digest for version in info.versions})
-    for digest in digests:
+    evictable = services.store.evictable(digests)
+    for digest in evictable:
         services.engine.evict(digest)
-    num_dropped = sum(services.store.drop_from_host(digest) for digest in digests)
+    num_dropped = sum(services.store.drop_from_host(digest) for digest in evictable)
     services.metrics.admin_operation("evict", "done")
-    answer = {"object": "eviction", "task": task, "digests": digests, "from_host": num_dropped}
+    answer = {"object": "eviction", "task": info.name, "digests": digests, "from_host": num_dropped}
     return json_response(answer, 202)
 
 
 async def get_cache(
     request: Request, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
 ) -> Response:
-    """The three tiers; `limit` entries of each are listed, the totals count all."""
+    """The three tiers; `limit` entries of each are listed, the totals count all: of a tenant, what it owns."""
     services = services_of(request)
     device = await services.engine.device_report()
     names = {version.digest: version for t in services.store.tasks() for version in t.versions}
+    if not services.store.sees_all:
+        return json_response({"object": "cache", **_of_tenant(services, device, names, limit)})
     answer = {
         "object": "cache",
         "device": _device(device, limit),
@@ -101,6 +105,37 @@ def _live(request: Request, services: Services, task: str) -> PrefixVersion:
     info = services.store.task(task)
     live_as_expected(request, info)
     return noted(request, services.store.resolve(info.name))
+
+
+def _of_tenant(
+    services: Services, report: DeviceReport, names: dict[str, PrefixVersion], limit: int
+) -> dict[str, Any]:
+    """Where a tenant's own prefixes are. Whoever has the same bytes is not told of, nor how full the tiers are."""
+    resident = {r.ref.digest: r.num_blocks * report.block_bytes for r in report.residents}
+    tiers = {
+        "device": resident,
+        "host": services.store.host_sizes(),
+        "disk": {digest: version.size_bytes for digest, version in names.items()},
+    }
+    return {
+        tier: _own_entries({d: size for d, size in sizes.items() if d in names}, names, limit)
+        for tier, sizes in tiers.items()
+    }
+
+
+def _own_entries(
+    sizes: dict[str, int], names: dict[str, PrefixVersion], limit: int
+) -> dict[str, Any]:
+    entries = [
+        {
+            "task": names[digest].task,
+            "version": names[digest].version,
+            "digest": digest,
+            "bytes": num_bytes,
+        }
+        for digest, num_bytes in list(sizes.items())[::-1][:limit]
+    ]
+    return {"num_entries": len(sizes), "bytes": sum(sizes.values()), "entries": entries}
 
 
 def _device(report: DeviceReport, limit: int) -> dict[str, Any]:

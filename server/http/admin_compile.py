@@ -58,7 +58,7 @@ async def compile_task(
     services = services_of(request)
     note(request, task=task)
     with counted(services):
-        check_name(services, task)
+        task = check_name(services, task)
         body = validated(CompileRequest, await read_object(request, services.max_body_bytes))
         conditions = conditions_of(request, activate)
         check_conditions(services.store, task, conditions)

@@ -59,7 +59,7 @@ async def put_task(
     options = ImportOptions(peft_type, task_index, rebase)
     note(request, task=task)
     with counted(services):
-        check_name(services, task)
+        task = check_name(services, task)
         _check_length(request, services.store.max_artifact_bytes)
         require_identity(request)
         expected = content_sha256(request)

@@ -16,8 +16,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prefix_store.errors import InvalidTaskName, PrefixStoreError, UnknownTask
-from prefix_store.spec import check_task_name
-from prefix_store.store import PrefixStore
 from server.engine.intake import Examined
 from server.errors import RequestError
 from server.http.admin import described, etag_of, note, noted
@@ -25,6 +23,7 @@ from server.http.admin_aliases import follow_pin
 from server.http.json_text import json_response
 from server.http.preconditions import if_match, if_none_match
 from server.http.services import Services, services_of
+from server.http.visible_store import VisibleStore
 
 
 class Conditions(TypedDict):
@@ -44,20 +43,22 @@ def conditions_of(request: Request, activate: bool) -> Conditions:
     }
 
 
-def check_conditions(store: PrefixStore, task: str, conditions: Conditions) -> None:
+def check_conditions(store: VisibleStore, task: str, conditions: Conditions) -> None:
     """Raises `PreconditionFailed` if the write would fail for it now, to spare the work."""
     store.check_preconditions(
         task, if_match=conditions["if_match"], if_none_match=conditions["if_none_match"]
     )
 
 
-def check_name(services: Services, task: str) -> None:
-    """Raises `InvalidTaskName`."""
-    if check_task_name(task) == services.model_id:
+def check_name(services: Services, task: str) -> str:
+    """The full name of the task to be written. Raises `InvalidTaskName`; `UnknownTask` if it would be another tenant's."""
+    full = services.store.full_name(task)
+    if services.model_id in (full, full.partition("~")[2]):
         raise InvalidTaskName(f"task name {task!r}: that is the base model, which has no prefix")
+    return full
 
 
-def exists(store: PrefixStore, task: str) -> bool:
+def exists(store: VisibleStore, task: str) -> bool:
     """Whether the task has a version now."""
     try:
         store.task(task)
@@ -88,6 +89,7 @@ async def stored(
 ) -> Response:
     """Makes an examined prefix a version of `task`: 201 for a new task, else 200; noted for the audit log."""
     services = services_of(request)
+    task = check_name(services, task)  # the upload knows nothing of tenants
     existed = exists(services.store, task)
     report = examined.report()
     result = await run_in_threadpool(functools.partial(examined.upload.commit, task, **conditions))

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
 from prefix_store.audit_log import AuditLog
+from prefix_store.spec import OPERATOR, full_name
 from server.http.routes import task_in
 
 UNKNOWN: Final = "unknown"
@@ -60,6 +61,8 @@ class AuditEntry:
             "status": status,
             "outcome": _outcome(status),
         }
+        if details["task"] is not None:
+            details["task"] = full_name(details.get("tenant", OPERATOR), details["task"])
         return {name: _short(value) for name, value in details.items() if value is not None}
 
 

@@ -33,6 +33,14 @@ class NotAuthenticated(ours.PrefixdError):
     """No key, or the wrong one."""
 
 
+class NotPermitted(ours.PrefixdError):
+    """The key is right, and opens other routes than this."""
+
+
+class KeyInUrl(ours.RequestError):
+    """A key was sent in the path or the query, where it is kept by whatever sees URLs."""
+
+
 class NoSuchRoute(ours.PrefixdError):
     """Nothing is served at this path."""
 
@@ -74,6 +82,8 @@ ERROR_KINDS: Final[dict[type[Exception], ErrorKind]] = {
     BodyTooLarge: ErrorKind(413, _CALLER, "body_too_large", closes=True),
     BodyTooSlow: ErrorKind(408, _CALLER, "body_too_slow", closes=True),
     NotAuthenticated: ErrorKind(401, "authentication_error", "invalid_api_key"),
+    NotPermitted: ErrorKind(403, "permission_error", "insufficient_scope"),
+    KeyInUrl: ErrorKind(400, _CALLER, "key_in_url"),
     NoSuchRoute: ErrorKind(404, _CALLER, "no_such_route"),
     store.PrefixStoreError: INTERNAL,
     store.PrefixRejected: ErrorKind(422, _CALLER, "prefix_rejected"),
@@ -86,10 +96,14 @@ ERROR_KINDS: Final[dict[type[Exception], ErrorKind]] = {
     store.DigestMismatch: ErrorKind(400, _CALLER, "digest_mismatch"),
     store.ArtifactTooLarge: ErrorKind(413, _CALLER, "artifact_too_large", closes=True),
     store.InvalidTaskName: ErrorKind(400, _CALLER, "invalid_task_name"),
+    store.InvalidTenantName: ErrorKind(400, _CALLER, "invalid_tenant_name"),
     store.UnknownTask: ErrorKind(404, _CALLER, "unknown_task"),
     store.UnknownVersion: ErrorKind(404, _CALLER, "unknown_version"),
     store.NoSuchMove: ErrorKind(409, _CALLER, "no_such_move"),
+    store.UnknownKey: ErrorKind(404, _CALLER, "unknown_key"),
+    store.KeyNotIssued: ErrorKind(400, _CALLER, "key_not_issued"),
     store.AuditDamaged: INTERNAL,
+    store.KeysDamaged: ErrorKind(500, _SERVER, "keys_damaged"),
     store.PreconditionFailed: ErrorKind(412, _CALLER, "precondition_failed"),
     store.PrefixUnavailable: ErrorKind(503, _SERVER, "prefix_unavailable", retry_after=5),
     store.StoreFull: ErrorKind(507, _SERVER, "store_full", closes=True),

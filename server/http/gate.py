@@ -9,15 +9,18 @@ import logging
 import re
 import time
 import uuid
+from dataclasses import replace
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefix_store.errors import PrefixStoreError
+from prefix_store.spec import OPERATOR
 from server.errors import PrefixdError
-from server.http.audit import AuditEntry, key_id
-from server.http.auth import authorise
+from server.http.audit import AuditEntry
+from server.http.auth import authenticate, refuse_keys_in_url, require
+from server.http.caller import NOBODY, Caller, put_caller
 from server.http.error_responses import error_response
 from server.http.errors import NoSuchRoute
 from server.http.routes import ACTIONS, SCOPES, template_of
@@ -67,11 +70,26 @@ class Gate:
             self._record(scope, template, answer.status, seconds)
 
     async def _admit(self, scope: Scope, template: str | None) -> None:
+        refuse_keys_in_url(scope["path"], scope.get("query_string", b""))
         if template is None:
             raise NoSuchRoute(f"nothing is served at {scope['path'][:200]}")
-        authorise(self._services, SCOPES[template], Headers(scope=scope))
-        if SCOPES[template] is AccessScope.ADMIN and self._services.admin_key is not None:
-            scope["prefixd.audit"]["who"] = key_id(self._services.admin_key)
+        access = SCOPES[template]
+        caller = NOBODY
+        if access is not AccessScope.PUBLIC:
+            caller = authenticate(self._services, access, Headers(scope=scope))
+            if caller.key_id:
+                scope["prefixd.audit"]["who"] = caller.key_id
+            if caller.tenant != OPERATOR:
+                scope["prefixd.audit"]["tenant"] = caller.tenant
+            require(self._services, caller, access)
+        put_caller(scope, caller)
+        scope["prefixd.services"] = self._services_for(caller, access)
+
+    def _services_for(self, caller: Caller, access: AccessScope) -> Services:
+        """What the handler may reach. Only for inference does a tenant see what others have granted to it."""
+        tenant = None if caller.is_operator else caller.tenant
+        view = self._services.store.seen_by(tenant, granted=access is AccessScope.INFER)
+        return replace(self._services, store=view)
 
     def _audit_entry(self, scope: Scope, template: str | None) -> AuditEntry | None:
         action = ACTIONS.get((scope["method"], template or ""))

@@ -23,6 +23,7 @@ from server.errors import (
     GenerationFailed,
     ModelNotFound,
 )
+from server.http.caller import caller_of
 from server.http.disconnect import unless_gone
 from server.http.schemas import SamplingFields
 from server.http.services import Engine, OutputStream, Services, services_of
@@ -195,7 +196,7 @@ async def start_generation(request: Request, start: Start) -> Generation:
             with tokenizer_queue_of(request).room_for(start.prompts):
                 encoded = tokenized(services.engine, start.prompts)
                 prompts = await unless_gone(request.receive, encoded)
-            return await _start(services, start, prompts)
+            return await _start(services, caller_of(request).tenant, start, prompts)
     except BaseException:
         await let_go(services, start.target)
         raise
@@ -216,7 +217,7 @@ async def free(services: Services, digests: Sequence[str]) -> None:
 
 
 async def _start(
-    services: Services, start: Start, prompts: Sequence[tuple[int, ...]]
+    services: Services, tenant: str, start: Start, prompts: Sequence[tuple[int, ...]]
 ) -> Generation:
     longest = max(len(prompt) for prompt in prompts)
     room = services.engine.max_model_len - start.target.num_virtual_tokens - longest
@@ -229,7 +230,9 @@ async def _start(
             prefix=start.target.prefix,
             endpoint=start.endpoint,
             version_role=start.target.role,
-            cache_salt=start.fields.cache_salt or "",
+            tenant=tenant,
+            # A tenant's name has no ~, so no salt that a client sends can reach another tenant's blocks.
+            cache_salt=f"{tenant}~{start.fields.cache_salt or ''}",
         )
         for number, prompt in enumerate(prompts)
     ]

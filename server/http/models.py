@@ -21,7 +21,8 @@ async def list_models(request: Request) -> Response:
     """The base model first: load generators take the first entry for the model."""
     services = services_of(request)
     data = [_base_card(services)]
-    data += [_task_card(services, t.live, t.name) for t in services.store.tasks() if t.live]
+    shown = services.store.shown_name
+    data += [_task_card(services, t.live, shown(t.name)) for t in services.store.tasks() if t.live]
     return json_response({"object": "list", "data": data})
 
 

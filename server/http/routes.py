@@ -21,6 +21,15 @@ from server.http.admin_base import get_base
 from server.http.admin_cache import evict_task, get_cache, pin_task, unpin_task, warm_task
 from server.http.admin_compile import CompileRequest, compile_task
 from server.http.admin_content import get_content
+from server.http.admin_grants import delete_grant, put_grant
+from server.http.admin_keys import (
+    KeyRequest,
+    RotateRequest,
+    create_key,
+    list_keys,
+    revoke_key,
+    rotate_key,
+)
 from server.http.admin_upload import put_task
 from server.http.admin_versions import get_version, list_versions
 from server.http.completions import create_completion
@@ -40,11 +49,13 @@ OPENAPI_PATH: Final = "/openapi.json"
 
 
 class Scope(StrEnum):
-    """Which key a route asks for. The admin key opens all of them."""
+    """Which key a route asks for. OPERATOR: one for administration that belongs to no tenant; it opens all of them."""
 
     PUBLIC = "public"
     INFER = "infer"
     ADMIN = "admin"
+    METRICS = "metrics"
+    OPERATOR = "operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,9 @@ class Route:
 
 
 _TASK: Final = "/admin/v1/tasks/{task}"
+_GRANT: Final = f"{_TASK}/grants/{{tenant}}"
+_KEYS: Final = "/admin/v1/keys"
+_KEY: Final = f"{_KEYS}/{{key_id}}"
 _CONTENT: Final = f"{_TASK}/versions/{{version}}/content"
 
 ROUTES: Final = (
@@ -82,13 +96,20 @@ ROUTES: Final = (
     Route("PUT", f"{_TASK}/aliases/{{alias}}", put_alias, Scope.ADMIN, AliasRequest, "alias"),
     Route("DELETE", f"{_TASK}/aliases/{{alias}}", delete_canary, Scope.ADMIN, action="end_canary"),
     Route("POST", f"{_TASK}/rollback", roll_back, Scope.ADMIN, action="rollback"),
-    Route("POST", f"{_TASK}/pin", pin_task, Scope.ADMIN, PinRequest, "pin"),
-    Route("POST", f"{_TASK}/unpin", unpin_task, Scope.ADMIN, action="unpin"),
+    Route("PUT", _GRANT, put_grant, Scope.ADMIN, action="grant"),
+    Route("DELETE", _GRANT, delete_grant, Scope.ADMIN, action="end_grant"),
+    # A pin takes its blocks from all tenants.
+    Route("POST", f"{_TASK}/pin", pin_task, Scope.OPERATOR, PinRequest, "pin"),
+    Route("POST", f"{_TASK}/unpin", unpin_task, Scope.OPERATOR, action="unpin"),
     Route("POST", f"{_TASK}/warm", warm_task, Scope.ADMIN, WarmRequest, "warm"),
     Route("POST", f"{_TASK}/evict", evict_task, Scope.ADMIN, action="evict"),
     Route("GET", "/admin/v1/cache", get_cache, Scope.ADMIN),
     Route("GET", "/admin/v1/base", get_base, Scope.ADMIN),
-    Route("GET", "/metrics", metrics, Scope.INFER),
+    Route("POST", _KEYS, create_key, Scope.OPERATOR, KeyRequest, "create_key"),
+    Route("GET", _KEYS, list_keys, Scope.OPERATOR),
+    Route("POST", f"{_KEY}/rotate", rotate_key, Scope.OPERATOR, RotateRequest, "rotate_key"),
+    Route("DELETE", _KEY, revoke_key, Scope.OPERATOR, action="revoke_key"),
+    Route("GET", "/metrics", metrics, Scope.METRICS),
     Route("GET", "/healthz", healthz, Scope.PUBLIC),
     Route("GET", "/health", healthz, Scope.PUBLIC),
     Route("GET", "/readyz", readyz, Scope.PUBLIC),

@@ -9,8 +9,9 @@ from typing import Protocol
 from starlette.requests import Request
 
 from prefix_store.audit_log import AuditLog
-from prefix_store.store import PrefixStore
+from prefix_store.key_store import KeyStore
 from server.engine.intake import Intake
+from server.http.visible_store import VisibleStore
 from server.metrics import Metrics
 from server.types import DeviceReport, GenerationRequest, PinState, PrefixRef, RequestOutput
 
@@ -67,13 +68,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """`admin_key` None closes the admin API; `api_key` None opens inference to everyone.
+    """`admin_key`, `api_key`: the keys of the environment. Without an `api_key`, and while no key was made in `keys`,
+    inference is open to everyone.
 
-    `audit`: where changes and refusals are recorded; None, in tests, nowhere.
+    `store`: as whoever asks sees it; in the services that the app is made of, all of it. `keys`, `audit`: None, in
+    tests, for no keys but those two, and for no record of changes and refusals.
     """
 
     engine: Engine
-    store: PrefixStore
+    store: VisibleStore
     intake: Intake
     metrics: Metrics
     model_id: str
@@ -81,6 +84,7 @@ class Services:
     version: str
     admin_key: str | None = None
     api_key: str | None = None
+    keys: KeyStore | None = None
     max_body_bytes: int = 2**20
     audit: AuditLog | None = None
 
@@ -94,8 +98,8 @@ class Lifecycle:
 
 
 def services_of(request: Request) -> Services:
-    """The services of the app that got this request."""
-    services = request.app.state.services
+    """The services of the app that got this request, with the store as its caller sees it; put there by `gate`."""
+    services = request.scope["prefixd.services"]
     assert isinstance(services, Services)
     return services
 

@@ -108,14 +108,16 @@ def _resolve(services: Services, name: str, key: str) -> Target:
     if selector:
         return Target(name, version, selector if selector in (LIVE, CANARY) else "")
     canary = services.store.task(name).canary if key else None
-    if canary is not None and takes_canary(name, canary.version.version, canary.weight, key):
+    if canary is not None and takes_canary(
+        version.task, canary.version.version, canary.weight, key
+    ):
         return Target(name, canary.version, CANARY)
     return Target(name, version, LIVE)
 
 
 def _not_found(services: Services, name: str) -> str:
     shown = name if len(name) <= 80 else name[:77] + "..."
-    close = services.store.similar(name.partition("@")[0])[:5]
+    close = services.store.similar(name.partition("@")[0])
     hint = f"; close names: {', '.join(close)}" if close else ""
     return f"there is no task {shown!r}{hint}"
 

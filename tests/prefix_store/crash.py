@@ -14,10 +14,11 @@ from typing import Final
 import torch
 
 from tests.prefix_store.crash_audit import AUDIT_SCENARIOS, AuditSubject, audit_points
+from tests.prefix_store.crash_keys import KEY_SCENARIOS, KeySubject, key_points
 from tests.prefix_store.crash_points import Explorer
 from tests.prefix_store.crash_scenarios import STORE_SCENARIOS, StoreSubject, store_points
 
-SCENARIOS: Final = (*STORE_SCENARIOS, *AUDIT_SCENARIOS)
+SCENARIOS: Final = (*STORE_SCENARIOS, *AUDIT_SCENARIOS, *KEY_SCENARIOS)
 
 
 def explore(scenario: str, *, recovery_crashes: int = 1) -> Explorer:
@@ -25,6 +26,9 @@ def explore(scenario: str, *, recovery_crashes: int = 1) -> Explorer:
     if scenario in STORE_SCENARIOS:
         explorer = Explorer(StoreSubject(), recovery_crashes=recovery_crashes)
         explorer.explore(store_points(scenario))
+    elif scenario in KEY_SCENARIOS:
+        explorer = Explorer(KeySubject(), recovery_crashes=recovery_crashes)
+        explorer.explore(key_points(scenario))
     else:
         explorer = Explorer(AuditSubject(), recovery_crashes=recovery_crashes)
         explorer.explore(audit_points(scenario))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from prefix_store import audit_log
+from prefix_store import audit_log, key_store
 from prefix_store.backends import durable_files, filesystem
 from tests.prefix_store.simulated_files import Disk, SimulatedOs
 
@@ -47,9 +47,10 @@ class Subject(Protocol):
 def installed(simulated: SimulatedOs) -> Iterator[None]:
     """The simulated files in place of the real ones, wherever the store writes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (durable_files, filesystem, audit_log):
+        for module in (durable_files, filesystem, audit_log, key_store):
             patch.setattr(module, "os", simulated)
-        patch.setattr(filesystem, "fcntl", simulated.fcntl)
+        for module in (filesystem, key_store):
+            patch.setattr(module, "fcntl", simulated.fcntl)
         patch.setattr(filesystem, "secrets", simulated.secrets)
         yield
 

@@ -27,6 +27,9 @@ SYNCS: Final = {
     "AuditLog._recover: fsync": "audit_records_over_several_files",
     "AuditLog._recover: sync_dir": "audit_records_over_several_files",
     "AuditLog.append: fsync": "audit_records_over_several_files",
+    "KeyStore._recover: sync": "the_first_key",
+    "KeyStore._recover: sync_dir": "keys_of_several_processes",
+    "KeyStore._append: fsync": "the_first_key",
 }
 """Each with a scenario that shows it."""
 

@@ -91,6 +91,17 @@ class TwinTask:
     def live(self) -> int | None:
         return self.lives()[-1] if self.lives() else None
 
+    def grants(self) -> set[str]:
+        found: set[str] = set()
+        for kind, value in self.events:
+            if kind == "delete":
+                found = set()
+            elif kind == "grant":
+                found = found | {value}
+            elif kind == "end_grant":
+                found = found - {value}
+        return found
+
 
 CAUGHT = (UnknownTask, UnknownVersion, PreconditionFailed, StoreFull, NoSuchMove)
 
@@ -117,6 +128,7 @@ class Pair:
         task = self.rng.choice("ab")
         twin = self.twins[task]
         operations = [self.publish] * 3 + [self.promote, self.rollback, self.canary, self.end]
+        operations += [self.grant, self.end_grant]
         operations += [self.delete] if self.rng.random() < 0.3 else []
         self.rng.choice(operations)(task, twin)
         if self.rng.random() < 0.05:
@@ -210,6 +222,20 @@ class Pair:
             expected = PreconditionFailed
         self.settle(got, expected, twin, ("end", None))
 
+    def grant(self, task: str, twin: TwinTask) -> None:
+        tenant = self.rng.choice(["acme", "beta", ""])
+        got = outcome(self.catalog.grant, task, tenant)
+        new = bool(tenant) and tenant not in twin.grants()  # these tasks are the operator's own
+        expected: object = new if twin.versions() else UnknownTask
+        self.settle(got, expected, twin, *([("grant", tenant)] if new else []))
+
+    def end_grant(self, task: str, twin: TwinTask) -> None:
+        tenant = self.rng.choice(["acme", "beta"])
+        got = outcome(self.catalog.end_grant, task, tenant)
+        there = tenant in twin.grants()
+        expected: object = there if twin.versions() else UnknownTask
+        self.settle(got, expected, twin, *([("end_grant", tenant)] if there else []))
+
     def delete(self, task: str, twin: TwinTask) -> None:
         if_match = self.if_match()
         got = outcome(self.catalog.delete, task, if_match=if_match)
@@ -234,6 +260,7 @@ class Pair:
             assert (info.previous and info.previous.version) == (lives[-2] if lives[1:] else None)
             canary = info.canary and (info.canary.version.version, info.canary.weight)
             assert canary == twin.canary()
+            assert set(info.grants) == self.catalog.grants(info.name) == twin.grants()
             self.compare_references(info, twin)
         named = {digest for twin in present.values() for digest in twin.versions().values()}
         assert self.catalog.referenced_digests() == named
@@ -466,3 +493,50 @@ def test_a_directory_without_records_is_no_task() -> None:
     assert catalog.tasks() == []
     assert catalog.num_broken() == 0
     assert publish(catalog, "task", DIGESTS[0])[0].version == 1
+
+
+# ---- tenants -------------------------------------------------------------------------------------
+
+
+def test_a_grant_lasts_and_is_not_given_to_the_owner() -> None:
+    backend = MemoryBackend()
+    catalog = Catalog(backend)
+    publish(catalog, "acme~task", DIGESTS[0])
+
+    assert catalog.grant("acme~task", "beta")
+    assert not catalog.grant("acme~task", "beta")
+    assert not catalog.grant("acme~task", "acme")
+    assert Catalog(backend).task("acme~task").grants == ("beta",)
+    assert catalog.end_grant("acme~task", "beta")
+    assert not catalog.end_grant("acme~task", "beta")
+    assert Catalog(backend).task("acme~task").grants == ()
+
+
+def test_to_ask_for_a_grant_of_what_is_not_there_or_damaged_is_no_error() -> None:
+    backend = MemoryBackend()
+    publish(Catalog(backend), "acme~task", DIGESTS[0])
+    backend.logs[records.log_name("acme~task")][1] = b""
+    catalog = Catalog(backend)
+
+    for name in ("acme~task", "acme~nothing", "no name at all"):
+        assert catalog.grants(name) == frozenset()
+    assert catalog.is_taken("acme~task")
+    assert not catalog.is_taken("acme~nothing")
+
+
+def test_each_tenant_has_an_index_of_the_names_that_it_may_write() -> None:
+    catalog = Catalog(MemoryBackend())
+    for name in ("poet", "acme~poet", "acme~clerk", "beta~x"):
+        publish(catalog, name, DIGESTS[0])
+    publish(catalog, "beta~stored", DIGESTS[0], activate=False)
+    catalog.grant("beta~x", "acme")
+
+    names = catalog.names()
+    assert names.everything == ("acme~clerk", "acme~poet", "beta~x", "poet")
+    assert names.seen_by("acme") == ("beta~x", "clerk", "poet")
+    assert names.seen_by("beta") == ("x",)
+    assert names.seen_by("") == ("poet",)
+    assert names.seen_by("gamma") == ()
+    assert catalog.names() is names
+    catalog.end_grant("beta~x", "acme")
+    assert catalog.names().seen_by("acme") == ("clerk", "poet")

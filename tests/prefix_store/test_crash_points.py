@@ -36,7 +36,11 @@ def test_every_sync_of_the_store_has_a_name_to_be_left_out_by() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         watch_syncs(patch, is_done)
-        for scenario in ("first_upload", "audit_records_of_several_processes"):
+        for scenario in (
+            "first_upload",
+            "audit_records_of_several_processes",
+            "keys_of_several_processes",
+        ):
             explore(scenario, recovery_crashes=0)
 
     assert seen == set(SYNCS)

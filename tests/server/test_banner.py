@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from prefix_store import PrefixStore, records
 from prefix_store.backends.memory import MemoryBackend
+from prefix_store.key_store import KeyStore
+from prefix_store.keys import KeyScope
 from prefix_store.validation import Limits
 from server import banner
+from server.config import ServeConfig
 from server.kvcache.memory_account import MemoryAccount, MemoryUse
 from server.kvcache.pool_plan import PoolPlan
 from tests.prefix_store.builders import TINY_BASE, make_artifact
@@ -51,3 +55,15 @@ def test_the_memory_is_shown_a_term_a_line_and_what_the_pool_fits() -> None:
         ),
     ]
     assert [name for name, _ in banner._memory(PoolPlan(101, 16, 50_000, 400))] == ["KV blocks"]
+
+
+def test_it_says_whether_inference_asks_for_a_key(tmp_path: Path) -> None:
+    def asks(**settings: Any) -> bool:
+        config = ServeConfig(store=tmp_path, **settings)
+        application: Any = SimpleNamespace(serving=SimpleNamespace(config=config))
+        return banner._asks_for_key(application)
+
+    assert not asks()
+    assert asks(api_key="12345678")
+    KeyStore(tmp_path / "keys").create("acme", frozenset({KeyScope.INFER}))
+    assert asks()

@@ -275,7 +275,7 @@ def test_a_refused_artifact_is_told_fault_by_fault(run: Run, server: None, tmp_p
     ("arguments", "message"),
     [
         (("tasks", "rm", "nobody"), "404: there is no task 'nobody'"),
-        (("tasks", "list", "--admin-key", "wrong"), "401: the key does not open"),
+        (("tasks", "list", "--admin-key", "wrong"), "401: the key is not one"),
         (("tasks", "push", "/nowhere/x"), "No such file"),
         (("tasks", "promote", "poet", "v9"), "404: task 'poet' has no version 'v9'"),
         (("tasks", "promote", "poet", "latest"), "expected a number, as 3 or v3"),

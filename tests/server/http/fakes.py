@@ -20,6 +20,7 @@ from prefix_store.validation import Limits
 from server.engine.intake import Intake
 from server.errors import InvalidParameter, PinRefused
 from server.http.app import Services, create_app
+from server.http.visible_store import VisibleStore
 from server.metrics import Metrics
 from server.types import (
     DeviceReport,
@@ -220,10 +221,8 @@ async def run_here(function: Callable[[], Any]) -> Any:
     return function()
 
 
-def make_services(
-    engine: FakeEngine, *, prover: FakeProver | None = None, **changes: Any
-) -> Services:
-    """Services around `engine`, with the tasks `poet` (two versions) and `clerk`."""
+def store_with_tasks() -> PrefixStore:
+    """A store in memory with the operator's tasks `poet` (two versions) and `clerk`."""
     store = PrefixStore(
         MemoryBackend(), TINY_BASE, Limits(max_num_virtual_tokens=16), host_cache_bytes=0
     )
@@ -231,12 +230,18 @@ def make_services(
     store.put("poet", make_artifact(seed=1))
     generation = {"temperature": 0.5, "max_tokens": 7, "stop": ["END"]}
     store.put("poet", make_artifact(seed=2, generation=generation))
+    return store
+
+
+def make_services(
+    engine: FakeEngine, *, prover: FakeProver | None = None, **changes: Any
+) -> Services:
+    """Services around `engine`; over `store`, if there is one in `changes`, else over `store_with_tasks`."""
+    store = changes.pop("store", None) or store_with_tasks()
     services = Services(
         engine=engine,
-        store=store,
-        intake=Intake(
-            changes.get("store", store), FakeCompiler(), prover or FakeProver(), run_here
-        ),
+        store=VisibleStore(store),
+        intake=Intake(store, FakeCompiler(), prover or FakeProver(), run_here),
         metrics=Metrics(max_tasks=10),
         model_id="org/tiny",
         base_fingerprint=TINY_BASE.fingerprint,

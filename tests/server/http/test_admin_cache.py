@@ -12,7 +12,7 @@ from prefix_store.store import PrefixStore
 from prefix_store.validation import Limits
 from server.http.app import create_app
 from tests.prefix_store.builders import TINY_BASE, make_artifact
-from tests.server.http.fakes import ADMIN, FakeEngine, make_services, words
+from tests.server.http.fakes import ADMIN, FakeEngine, make_services, store_with_tasks, words
 
 POET = "/admin/v1/tasks/poet"
 
@@ -106,9 +106,8 @@ def test_the_cache_shows_every_tier(client: TestClient) -> None:
 
 def test_a_running_request_keeps_the_bytes_of_a_deleted_task_until_it_ends() -> None:
     engine = FakeEngine()
-    services = make_services(engine)
-    store = services.store
-    client = TestClient(create_app(services))
+    store = store_with_tasks()
+    client = TestClient(create_app(make_services(engine, store=store)))
     digest = store.resolve("poet").digest
     before = store.stats().disk_entries
     seen: list[Any] = []

@@ -441,7 +441,8 @@ def test_a_cache_salt_reaches_the_engine_and_is_bounded(
 ) -> None:
     assert client.post("/v1/completions", json={**BODY, "cache_salt": "team-7"}).is_success
     assert client.post("/v1/completions", json={**BODY, "cache_salt": None}).is_success
-    assert [request.cache_salt for request in engine.requests] == ["team-7", ""]
+    assert [request.cache_salt for request in engine.requests] == ["~team-7", "~"]
+    assert [request.tenant for request in engine.requests] == ["", ""]
 
     for salt in ("x" * 129, 7):
         refused = client.post("/v1/completions", json={**BODY, "cache_salt": salt})

@@ -59,7 +59,7 @@ def test_errors_arrive_as_their_classes_with_their_messages(openai_client: opena
     with pytest.raises(openai.BadRequestError, match="temperature: expected 0"):
         openai_client.completions.create(model="poet", prompt="hi", temperature=9)
 
-    with pytest.raises(openai.AuthenticationError, match="does not open this route"):
+    with pytest.raises(openai.AuthenticationError, match="not one of this server"):
         openai_client.with_options(api_key="wrong").models.list()
 
 

@@ -17,6 +17,8 @@ PATHS = {
     template: template.replace("{task}", "poet")
     .replace("{version}", "v1")
     .replace("{alias}", "live")
+    .replace("{tenant}", "acme")
+    .replace("{key_id}", "0123abcd")
     .replace("{model_id:path}", "a/b")
     for template in SCOPES
 }
@@ -37,6 +39,13 @@ def test_every_route_of_the_app_has_a_rule() -> None:
     assert all(isinstance(route, Route) for route in routes), "a mount would hide its routes"
     paths = {route.path for route in routes if isinstance(route, Route)}
     assert paths == set(SCOPES)
+
+
+def test_all_methods_of_a_path_need_the_same_key() -> None:
+    """The gate judges by path: a second scope would be the one of all of them."""
+    assert {route.path: route.scope for route in ROUTES} == {
+        route.path: route.scope for route in reversed(ROUTES)
+    }
 
 
 def test_only_the_probes_are_public() -> None:
@@ -69,8 +78,8 @@ def test_a_route_opens_to_the_right_keys_and_to_no_other(
     ]
     for headers in wrong:
         assert (status(headers) == 401) == (scope is not Scope.PUBLIC), headers
-    assert (status(bearer(API_KEY)) == 401) == (scope is Scope.ADMIN)
-    assert status(bearer(ADMIN_KEY)) != 401
+    assert (status(bearer(API_KEY)) == 403) == (scope in (Scope.ADMIN, Scope.OPERATOR))
+    assert status(bearer(ADMIN_KEY)) not in (401, 403)
 
 
 def test_without_an_api_key_inference_is_open_and_admin_is_not(client: TestClient) -> None:
