@@ -75,7 +75,11 @@ class OutputProcessor:
         for _ in range(sampling.n):
             self._choices.append(
                 _Choice(
-                    Detokenizer(self.tokenizer, self.request.prompt_token_ids),
+                    Detokenizer(
+                        self.tokenizer,
+                        self.request.prompt_token_ids,
+                        special_tokens=not sampling.skip_special_tokens,
+                    ),
                     StopStringMatcher(sampling.stop),
                 )
             )
