@@ -25,6 +25,7 @@ COPY demo demo
 COPY converter converter
 COPY trainer trainer
 COPY loadtest loadtest
+COPY reports reports
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip wheel --no-deps --wheel-dir /wheels .
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from benchmarks.gpu_timing import synchronize
@@ -70,11 +70,16 @@ class LocalEngine:
         )
         cached = PromptCache(blocks, enabled=False)  # each row is to compute its own prompt
         scheduler = Scheduler(limits, blocks, resident, cached)
-        parts = EngineParts(scheduler, blocks, resident, cached, runner, 1)
+        self._parts = EngineParts(scheduler, blocks, resident, cached, runner, 1)
         self._inbox: Inbox[Message | PrefixAnswer] = Inbox()
         on_gpu = self.model.device.type == "cuda"
         stage = Staging(self.model.device).stage if on_gpu else as_it_is
         self._prefetcher = Prefetcher(self, self._inbox.put, stage)
+        self.overlap(on_gpu)
+
+    def overlap(self, overlapped: bool) -> None:
+        """Whether a step is launched while the one before runs; on a GPU it is, until told otherwise. Nothing may run."""
+        parts = replace(self._parts, overlapped=overlapped)
         self._core = EngineCore(parts, self._prefetcher.request, time.perf_counter)
 
     def load(self, digest: str) -> HeldPrefix:

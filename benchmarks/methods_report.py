@@ -22,7 +22,7 @@ from benchmarks.methods_plan import (
 )
 from benchmarks.methods_training import Workplace, read
 from benchmarks.report import markdown_table
-from trainer.plot_style import LIGHT, Theme, legend, png, titled
+from reports.plot_style import LIGHT, Theme, legend, png, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

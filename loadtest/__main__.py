@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 from cyclopts import App, CycloptsError
 
 from loadtest.cli_bench import bench
-from loadtest.errors import BadLoad, PlotsUnavailable
+from loadtest.errors import BadLoad
 from prefix_store.errors import PrefixStoreError
 from server.cli_report import show_error
 from server.errors import ConfigError, PrefixdError
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         app(tokens, exit_on_error=False, print_error=True, result_action="print_non_int_sys_exit")
     except CycloptsError:  # already shown
         sys.exit(USAGE_ERROR)
-    except (ConfigError, BadLoad, PlotsUnavailable) as error:
+    except (ConfigError, BadLoad) as error:
         show_error(error)
         sys.exit(USAGE_ERROR)
     except (PrefixdError, PrefixStoreError) as error:

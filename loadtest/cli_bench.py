@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loadtest.errors import LoadTestError
-from loadtest.plots import require_matplotlib
+from loadtest.errors import BadLoad, LoadTestError
 from loadtest.progress import Progress
 from loadtest.report import all_warnings, write_json, write_report
 from loadtest.server_view import ServerView
@@ -27,6 +26,7 @@ from loadtest.settings import Lengths
 from loadtest.tables import tables
 from loadtest.traffic import Shape
 from loadtest.wire import Origin
+from reports.plot_style import PlotsUnavailable, require_matplotlib
 from server.cli_client import DEFAULT_URL, AdminKey
 from server.config import environment
 
@@ -128,7 +128,7 @@ def bench(
     latency counts from that time. Above the server's capacity the queue grows until the end; that is what it shows.
     """
     if out is not None:
-        require_matplotlib()
+        _require_plots()
     shape = Shape(rate, burstiness, zipf, input_len, output_len, warmup, duration, seed)
     test = LoadTest(
         shape=shape,
@@ -157,6 +157,14 @@ def bench(
     if failure is not None:
         raise failure
     return INTERRUPTED if interrupted else 0
+
+
+def _require_plots() -> None:
+    """Before a run of minutes, not after it."""
+    try:
+        require_matplotlib()
+    except PlotsUnavailable as reason:
+        raise BadLoad(f"--out: {reason}") from None
 
 
 def _run(test: LoadTest, server: ServerView, results: Results) -> tuple[bool, LoadTestError | None]:
@@ -196,8 +204,8 @@ def _print(figures: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     for content in tables(figures["runs"]):
         table = Table(title=content.title, title_justify="left", title_style="bold")
-        for number, name in enumerate(content.header):
-            table.add_column(name, justify="left" if number < content.num_names else "right")
+        for name, is_number in zip(content.header, content.is_number, strict=True):
+            table.add_column(name, justify="right" if is_number else "left")
         for row in content.rows:
             table.add_row(*map(Text, row))
         console.print(table)

@@ -11,7 +11,3 @@ class LoadTestError(PrefixdError):
 
 class BadLoad(LoadTestError):
     """A flag that makes no traffic, or none that this server can take."""
-
-
-class PlotsUnavailable(LoadTestError):
-    """Matplotlib is not installed."""

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from loadtest.summary import COLD, PERCENTILES, throughput_ratios
+from reports.html_page import ResultTable
 
 _NOTHING: Final = "-"
 Runs = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    """Cells are texts as they shall be read; all but the first `num_names` columns hold numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    num_names: int = 1
 
 
 def tables(runs: Runs) -> list[ResultTable]:
@@ -87,7 +76,7 @@ def latencies(runs: Runs) -> ResultTable:
         "TTFT and end to end count from the scheduled arrival; ITL is the gap between two events with tokens. "
         "sent late by: how far the generator itself was behind, which the latencies include."
     )
-    return ResultTable("Latency in milliseconds", _latency_header(""), tuple(rows), note, 2)
+    return ResultTable("Latency in milliseconds", _latency_header(""), tuple(rows), note)
 
 
 def tiers(runs: Runs) -> ResultTable:
@@ -100,7 +89,7 @@ def tiers(runs: Runs) -> ResultTable:
     ]
     note = "Of whole answers. resident: the prefix was on the device; cold: it came from host memory or disk."
     header = _latency_header("prefix")
-    return ResultTable("TTFT in milliseconds, by prefix", header, tuple(rows), note, 2)
+    return ResultTable("TTFT in milliseconds, by prefix", header, tuple(rows), note)
 
 
 def refusals(runs: Runs) -> ResultTable:
@@ -114,7 +103,6 @@ def refusals(runs: Runs) -> ResultTable:
         "Not answered, by status and reason",
         ("tasks", "reason", "requests"),
         tuple(rows),
-        num_names=2,
     )
 
 
@@ -131,7 +119,7 @@ def server_counters(runs: Runs) -> ResultTable:
         "in which their prefix was found, counted when they end; other clients' are among them."
     )
     return ResultTable(
-        "Counters of the server", ("tasks", "counter", "increase"), tuple(rows), note, 2
+        "Counters of the server", ("tasks", "counter", "increase"), tuple(rows), note
     )
 
 

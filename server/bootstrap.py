@@ -280,6 +280,8 @@ def _wire(
         runner=runner,
         block_bytes=pool.block_bytes,
         stage=as_it_is if model.device.type == "cpu" else Staging(model.device).stage,
+        # A CPU computes in the launch itself: to look for its tokens a step later would only delay them.
+        overlapped=config.overlap and model.device.type == "cuda",
     )
     return AsyncEngine(
         parts,

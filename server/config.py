@@ -122,6 +122,10 @@ class ServeConfig(BaseSettings):
         default=True,
         description="On a GPU, record decode steps at start and replay them; without it steps take longer",
     )
+    overlap: Annotated[bool, Parameter(group=_MODEL)] = Field(
+        default=True,
+        description="On a GPU, plan and launch a step while the one before runs; without it the GPU waits in between",
+    )
     compile: Annotated[bool, Parameter(group=_MODEL, negative=(), show_default=False)] = Field(
         default=False, description="Compile the model's layers at start; on a CPU needs g++"
     )

@@ -108,6 +108,15 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next token depends on which tokens there were, beyond what the model makes of them."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     # `not (low <= value)` also refuses NaN, which `value < low` would let through.

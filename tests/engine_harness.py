@@ -112,6 +112,7 @@ class Harness:
     prompt_cache: bool = True
     eos_token_ids: frozenset[int] = frozenset()
     recorder: Recorder | None = None  # of decode steps, with the triton backend
+    overlapped: bool = False
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], SequenceOutput] = field(default_factory=dict)
     prefixes: dict[str, Prefix] = field(default_factory=dict)
@@ -139,7 +140,15 @@ class Harness:
         limits = SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.eos_token_ids)
         self.cached = PromptCache(self.blocks, enabled=self.prompt_cache)
         self.scheduler = Scheduler(limits, self.blocks, self.resident, self.cached)
-        parts = EngineParts(self.scheduler, self.blocks, self.resident, self.cached, self.runner, 1)
+        parts = EngineParts(
+            scheduler=self.scheduler,
+            blocks=self.blocks,
+            prefixes=self.resident,
+            prompt_cache=self.cached,
+            runner=self.runner,
+            block_bytes=1,
+            overlapped=self.overlapped,
+        )
         self.now = 0.0
         self.core = EngineCore(parts, self._request, lambda: self.now, debug=True)
         self.inbox: list[object] = []

@@ -15,7 +15,7 @@ import pytest
 from server import __version__
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("server", "prefix_store", "demo", "converter", "trainer", "loadtest")
+PACKAGES = ("server", "prefix_store", "demo", "converter", "trainer", "loadtest", "reports")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 CODE = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 DOCUMENTS = sorted(
@@ -34,12 +34,13 @@ LONGER_FOR_A_REASON = {
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
 BUDGET_LINES = {
-    "server": 14_000,
+    "server": 14_500,
     "prefix_store": 4_700,
     "demo": 2_500,
     "converter": 1_300,
     "trainer": 11_000,
     "loadtest": 2_500,
+    "reports": 400,
 }
 
 # The only readers of pickled files; no server process imports them.
@@ -167,7 +168,7 @@ def test_a_server_process_imports_nothing_of_the_commands_beside_it() -> None:
     """import-linter proves that it can not; this also sees what is imported by name at run time."""
     code = (
         "import sys, server.cli, server.cli_convert, server.cli_bench, server.bootstrap, server.http.app, prefix_store.store; "
-        "sys.exit(any(name.split('.')[0] in ('converter', 'trainer', 'loadtest') for name in sys.modules))"
+        "sys.exit(any(name.split('.')[0] in ('converter', 'trainer', 'loadtest', 'reports') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

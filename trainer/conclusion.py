@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from reports.plot_style import PlotsUnavailable
 from trainer.distill.comparison_report import comparison_tables
 from trainer.doctor import Finding, diagnose
 from trainer.errors import RunFolderFailed, TrainerError
 from trainer.judgement import result_tables
-from trainer.plot_style import PlotsUnavailable
 from trainer.plots import draw_plots
 from trainer.records import Record, read_records
 from trainer.report import report_html

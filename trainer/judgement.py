@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from reports.html_page import ResultTable
 from trainer.evaluation import LOSS, NO_PREFIX, PREFIX, TEXT_PROMPT, Evaluation
-from trainer.html_page import ResultTable
 from trainer.run_folder import write_durably
 
 EVALUATION: Final = "evaluation.json"

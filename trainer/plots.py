@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from reports.plot_style import LIGHT, Theme, legend, png, titled
 from trainer.history import History, Points, per_layer, points, smoothed
-from trainer.plot_style import LIGHT, Theme, legend, png, titled
 from trainer.records import Record
 
 if TYPE_CHECKING:

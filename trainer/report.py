@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from trainer import html_page as html
+from reports import html_page as html
+from reports.html_page import ResultTable
+from reports.plot_style import DARK, LIGHT, PlotsUnavailable
 from trainer.doctor.finding import Finding
 from trainer.history import History
-from trainer.html_page import ResultTable
 from trainer.live_table import number
-from trainer.plot_style import DARK, LIGHT, PlotsUnavailable
 from trainer.plots import CAPTIONS, draw_plots
 from trainer.records import Record
 from trainer.run_state import clock

@@ -1,7 +1,10 @@
-"""The inner loop: `EngineCore.step` takes the inbox, plans, runs, commits.
+"""The inner loop: `EngineCore.step` takes the inbox, plans, launches, commits.
 
 Owned by the engine thread, which calls `step` while there is work. Holds the prefixes that wait in host
 memory for their blocks; knows no sockets, no text, no event loop.
+
+Steps overlap where the device works by itself (`EngineParts.overlapped`): a step is planned and launched while the one before
+runs, whose outcomes are committed after that. The device then never waits for the host, and clients get their tokens as they would.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from prefix_store.artifact import Prefix, as_it_is
 from server.engine.calls import EngineCall
 from server.engine.messages import (
     Answer,
+    LaunchedStep,
     Message,
     PrefixFailed,
     PrefixReady,
@@ -38,9 +42,7 @@ STEP_FAILED = "the engine failed while it ran this request's step"
 class Runner(Protocol):
     """What performs a plan: `ModelRunner`, or a double in tests."""
 
-    def execute(
-        self, plan: SchedulerOutput, staged: Mapping[str, Prefix]
-    ) -> Sequence[RowOutcome]: ...
+    def launch(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> LaunchedStep: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,27 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class _StepUnderWay:
+    plan: SchedulerOutput
+    launched: LaunchedStep
+
+
+@dataclass(frozen=True, slots=True)
+class _NotLaunched:
+    """In the place of a step whose launch failed; it fails where the others' outcomes are asked for."""
+
+    error: Exception
+
+    def outcomes(self) -> Sequence[RowOutcome]:
+        raise self.error
+
+
+@dataclass(frozen=True, slots=True)
 class EngineParts:
     """What an engine is made of; `bootstrap` builds them. `block_bytes`: one block over all layers.
 
-    `stage`: what a `Prefetcher` does to a prefix before the engine thread gets it.
+    `stage`: what a `Prefetcher` does to a prefix before the engine thread gets it. `overlapped`: whether a step is launched
+    before the outcomes of the one before are known.
     """
 
     scheduler: Scheduler
@@ -66,6 +85,7 @@ class EngineParts:
     runner: Runner
     block_bytes: int
     stage: Callable[[Prefix], Prefix] = as_it_is
+    overlapped: bool = False
 
 
 class EngineCore:
@@ -84,21 +104,30 @@ class EngineCore:
         self._request_prefix = request_prefix
         self._clock = clock
         self._debug = debug
+        self._under_way: _StepUnderWay | None = None
         self._staged: dict[str, Prefix] = {}
         self._events: list[PrefixEvent] = []
 
     def has_work(self) -> bool:
         """Whether a step would do anything without a new message."""
-        return self._scheduler.has_work()
+        return self._under_way is not None or self._scheduler.has_work()
 
     def step(self, inbox: Sequence[Message | PrefixAnswer | EngineCall]) -> StepResult:
-        """One step: calls, plan, run, commit. Never raises for a row's or a plan's failure: those rows end."""
+        """One step: calls, plan, launch, commit. Never raises for a row's or a plan's failure: those rows end."""
         started = self._clock()
+        outputs: list[SequenceOutput] = []
+        if self._scheduler.needs_tokens or any(isinstance(item, EngineCall) for item in inbox):
+            outputs += self._commit_under_way()
         messages = _perform_calls(inbox)
         plan = self._scheduler.schedule(started, [self._stage(m) for m in messages])
+        outputs += self._scheduler.take_ended()
         for ref in plan.prefix_requests:
             self._request_prefix(ref)
-        outputs = self._perform(plan)
+        launched = self._launch(plan)
+        outputs += self._commit_under_way()
+        self._under_way = launched
+        if not (self._parts.overlapped and plan.rows):
+            outputs += self._commit_under_way()
         self._forget_staged()
         if self._debug:
             self._scheduler.check_invariants()
@@ -117,13 +146,26 @@ class EngineCore:
             case other:
                 return other
 
-    def _perform(self, plan: SchedulerOutput) -> list[SequenceOutput]:
+    def _launch(self, plan: SchedulerOutput) -> _StepUnderWay:
+        launched: LaunchedStep
         try:
-            outcomes = self._parts.runner.execute(plan, self._staged)
+            launched = self._parts.runner.launch(plan, self._staged)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this plan's rows and no others
+            launched = _NotLaunched(error)
+        self._scheduler.advance(plan)
+        return _StepUnderWay(plan, launched)
+
+    def _commit_under_way(self) -> list[SequenceOutput]:
+        """Waits for the step under way, if there is one, and takes in what came of it."""
+        step, self._under_way = self._under_way, None
+        if step is None:
+            return []
+        try:
+            outcomes = step.launched.outcomes()
         except Exception:
-            logger.exception("a step of %d rows failed", len(plan.rows))
-            return self._scheduler.fail(plan, STEP_FAILED)
-        return self._scheduler.commit(plan, outcomes)
+            logger.exception("a step of %d rows failed", len(step.plan.rows))
+            return self._scheduler.fail(step.plan, STEP_FAILED)
+        return self._scheduler.commit(step.plan, outcomes)
 
     def _forget_staged(self) -> None:
         """Lets go of tensors that are resident now, or that nobody waits for any more."""

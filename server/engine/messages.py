@@ -1,12 +1,14 @@
 """What the scheduler is told and what it answers: the inbox messages and the step plan.
 
 All frozen, all free of torch. The event loop and the prefetch workers post `Message`s; the engine thread
-hands them to `Scheduler.schedule`, performs the `SchedulerOutput` and returns `RowOutcome`s to `commit`.
+hands them to `Scheduler.schedule`, has the `SchedulerOutput` performed and returns `RowOutcome`s to `commit`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.engine.sequence import Sequence
 from server.types import (
@@ -124,8 +126,7 @@ class ScheduledRow:
     """One sequence's share of a step: run own tokens `start`..`start + len(token_ids)`.
 
     The runner reads `sequence` for its sampling state only. `sample`: the last of these tokens is the last
-    known one, so its logits give the next. Tables are copies: they stay what they were when planned. The first
-    `num_shared_blocks` of `block_ids` are the prompt cache's: read, never written, whatever becomes of the row.
+    there is, so its logits give the next; it may be `PENDING`. Tables are copies: they stay what they were when planned.
     """
 
     sequence: Sequence
@@ -136,7 +137,6 @@ class ScheduledRow:
     first_position: int
     block_ids: tuple[int, ...]
     sample: bool
-    num_shared_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +149,14 @@ class PrefixLoad:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """The plan of one step, in the order in which it is performed."""
+    """The plan of one step: wipe, load, run. `wipe_block_ids` are zeroed before anybody else's tokens go there."""
 
     prefix_requests: tuple[PrefixRef, ...]
     prefix_loads: tuple[PrefixLoad, ...]
     rows: tuple[ScheduledRow, ...]
     num_preemptions: int
     answers: tuple[Answer, ...] = ()
+    wipe_block_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -168,6 +169,14 @@ class RowOutcome:
 
     token_id: int | None = None
     error: str | None = None
+
+
+class LaunchedStep(Protocol):
+    """A plan that the device is performing."""
+
+    def outcomes(self) -> Sequence_[RowOutcome]:
+        """One per row of the plan. Waits for the device; raises what went wrong there."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,11 @@
-"""Decides what each step runs: a pure state machine, `schedule(now, inbox)` then `commit(plan, outcomes)`.
+"""Decides what each step runs: a pure state machine, `schedule(now, inbox)`, `advance(plan)`, `commit(plan, outcomes)`.
 
 Owned by the engine thread; called by `EngineCore` only. No torch, no clock, no thread, no randomness: the
 same calls give the same plans, so it can be simulated without a model.
+
+`advance` comes when a plan was launched, `commit` when it has ended. In between one more step may be scheduled and launched:
+it builds on tokens that only the device knows (`PENDING`), and on nothing else that the plan under way decides. What a step frees
+may be given away in the next, as the device performs one after the other.
 
 Policy, in order:
 1. running sequences go on: first those that decode one token, then those with prompt left to compute;
@@ -20,33 +24,28 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from itertools import count
 
+from server.engine.device_orders import DeviceOrders
 from server.engine.messages import (
     AbortRequest,
     AddRequest,
-    Answer,
-    EvictPrefix,
-    FollowPin,
     Message,
-    PinTask,
     PrefixFailed,
     PrefixLoad,
     PrefixReady,
-    ReportDevice,
     RowOutcome,
     ScheduledRow,
     SchedulerOutput,
     SequenceOutput,
-    UnpinTask,
-    WarmPrefix,
 )
-from server.engine.sequence import Sequence, SequenceStatus
-from server.engine.step_plan import StepPlan
+from server.engine.prefix_loads import PrefixLoads
+from server.engine.sequence import PENDING, Sequence, SequenceStatus
+from server.engine.step_plan import StepPlan, computes
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.pins import Pins
 from server.kvcache.prompt_cache import PromptCache
 from server.kvcache.resident_prefixes import ResidentPrefixes
 from server.kvcache.room import Room
-from server.types import FinishReason, PinState, PrefixRef, PrefixTier
+from server.types import FinishReason, PrefixRef, PrefixTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +89,11 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._order: dict[Sequence, int] = {}  # arrival number of every live sequence
         self._arrivals = count()
-        self._loading: set[str] = set()
-        self._staged: dict[str, PrefixTier] = {}
-        self._warm: dict[str, PrefixRef] = {}
-        # Finished outside of a step; the next commit reports them.
-        self._ended: list[SequenceOutput] = []
+        self._loads = PrefixLoads(prefixes, limits.max_num_seqs)
+        self._device_orders = DeviceOrders(prefixes, self._pins, self._loads, prompt_cache)
+        self._under_way: SchedulerOutput | None = None
+        self._wipe_block_ids: list[int] = []  # of rows that failed, for the next plan
+        self._ended: list[SequenceOutput] = []  # outside of a step
 
     # ---- what others may see -------------------------------------------------------------------
 
@@ -113,27 +112,36 @@ class Scheduler:
     @property
     def staged(self) -> frozenset[str]:
         """Digests whose tensors must stay in host memory for a load to come."""
-        return frozenset(self._staged)
+        return frozenset(self._loads.staged)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a sequence must not run before its pending token is known: one with penalties, which count tokens."""
+        return any(s.is_pending and s.request.sampling.has_penalties for s in self._running)
 
     def has_work(self) -> bool:
         """Whether a step now could do anything without another message."""
         if self._running or self._ended:
             return True
-        wanted = {s.digest for s in self._waiting} | self._warm.keys()
-        return any(d is None or self._at_hand(d) or self._may_request(d) for d in wanted)
+        wanted, loads = {s.digest for s in self._waiting} | self._loads.wished.keys(), self._loads
+        return any(d is None or loads.at_hand(d) or loads.may_request(d) for d in wanted)
 
     # ---- plan ----------------------------------------------------------------------------------
 
     def schedule(self, now: float, inbox: Iterable[Message] = ()) -> SchedulerOutput:
         """Takes in the messages and plans one step. May be empty of rows."""
-        step = StepPlan(self._limits.max_num_batched_tokens)
+        step = StepPlan(
+            self._limits.max_num_batched_tokens, wipe_block_ids=tuple(self._wipe_block_ids)
+        )
+        self._wipe_block_ids.clear()
         self._pins.expire(now)
         for message in inbox:
             self._receive(message, step, now)
         self._continue_running(step)
-        self._load_warm(step)
+        self._load_wished(step)
         self._admit_waiting(step, now)
-        self._drop_unwanted()
+        if self._loads.staged:
+            self._loads.keep_only({seq.digest for seq in self._waiting})
         return step.finished_plan()
 
     def _receive(self, message: Message, step: StepPlan, now: float) -> None:
@@ -150,43 +158,9 @@ class Scheduler:
                 self._prefix_ready(digest, tier)
             case PrefixFailed(digest, reason):
                 self._prefix_failed(digest, reason)
-            case WarmPrefix(ref):
-                self._make_warm(ref)
-            case EvictPrefix(digest):
-                self._forget_wish(digest)
-                self._prefixes.retire(digest)
             case _:
-                self._receive_order(message, step, now)
-
-    def _receive_order(self, message: Message, step: StepPlan, now: float) -> None:
-        """What operators ask for."""
-        match message:
-            case PinTask(ticket, ref, ttl):
-                pinned = self._pins.pin(ref, None if ttl is None else now + ttl)
-                self._answer_pin(ticket, ref, pinned, step)
-            case FollowPin(ticket, ref):
-                self._answer_pin(ticket, ref, self._pins.follow(ref), step)
-            case UnpinTask(task):
-                self._pins.lift(task)
-            case ReportDevice(ticket):
-                idle = self._prompt_cache.num_evictable_blocks
-                step.answers.append(Answer(ticket, self._pins.report(now, idle)))
-
-    def _answer_pin(
-        self, ticket: int, ref: PrefixRef, state: PinState | None, step: StepPlan
-    ) -> None:
-        if state is not None and state.refusal is None:
-            self._make_warm(ref)
-        step.answers.append(Answer(ticket, state))
-
-    def _make_warm(self, ref: PrefixRef) -> None:
-        if ref.digest not in self._prefixes:
-            self._warm[ref.digest] = ref
-
-    def _forget_wish(self, digest: str) -> None:
-        """Nobody but requests asks for this prefix any more."""
-        self._warm.pop(digest, None)
-        self._pins.lift_digest(digest)
+                answer = self._device_orders.carry_out(message, now)
+                step.answers += [] if answer is None else [answer]
 
     def _live(self, request_id: str, index: int | None) -> list[Sequence]:
         return [
@@ -196,25 +170,25 @@ class Scheduler:
         ]
 
     def _prefix_ready(self, digest: str, tier: PrefixTier) -> None:
-        if digest not in self._loading:
-            return
-        self._loading.remove(digest)
-        self._staged[digest] = tier
-        for seq in self._waiting:
+        waiting = self._waiting if self._loads.came(digest, tier) else []
+        for seq in waiting:
             if seq.digest == digest and seq.prefix_tier is None:
                 seq.prefix_tier = tier
 
     def _prefix_failed(self, digest: str, reason: str) -> None:
-        self._loading.discard(digest)
-        self._forget_wish(digest)
+        self._loads.loading.discard(digest)
+        self._device_orders.give_up(digest)
         for seq in [s for s in self._waiting if s.digest == digest]:
             self._finish(seq, FinishReason.PREFIX_UNAVAILABLE, error=reason)
 
     # ---- running sequences ---------------------------------------------------------------------
 
     def _continue_running(self, step: StepPlan) -> None:
-        decoding = [s for s in self._running if s.num_uncomputed_tokens == 1]
-        prefilling = [s for s in self._running if s.num_uncomputed_tokens > 1]
+        going_on = [
+            s for s in self._running if not s.is_full
+        ]  # the others end with the step under way
+        decoding = [s for s in going_on if s.num_uncomputed_tokens == 1]
+        prefilling = [s for s in going_on if s.num_uncomputed_tokens > 1]
         for seq in decoding + prefilling:
             if step.budget == 0:
                 break
@@ -273,6 +247,7 @@ class Scheduler:
         full = False
         for position, seq in enumerate(list(self._waiting)):
             full = full or step.budget == 0 or len(self._running) >= self._limits.max_num_seqs
+            full = full or seq.is_pending  # preempted, and it may be about to end
             if full and position >= self._limits.max_num_seqs:
                 break
             # Those next in line have their prefixes loaded while they wait.
@@ -280,13 +255,13 @@ class Scheduler:
                 full = not self._admit(seq, step, now)
 
     def _is_anticipated(self, seq: Sequence, step: StepPlan) -> bool:
-        """Whether a row of this step computes the next block that the sequence would: it has it for nothing then."""
+        """Whether a row of this step, or of the one under way, computes the next block that the sequence would: it has
+        it for nothing then.
+        """
         num_blocks = (seq.num_tokens - 1) // self._blocks.block_size
         key = self._prompt_cache.missing_key(seq.chain, seq.token_ids, num_blocks)
-        return key is not None and step.computes(key)
-
-    def _at_hand(self, digest: str) -> bool:
-        return digest in self._prefixes or digest in self._staged
+        under_way = self._under_way.rows if self._under_way else ()
+        return key is not None and computes((*step.rows.values(), *under_way), key)
 
     def _prefix_at_hand(self, seq: Sequence, step: StepPlan) -> bool:
         """Whether the sequence could start; asks for its prefix, once, if not."""
@@ -294,25 +269,15 @@ class Scheduler:
         if digest is None:
             seq.prefix_tier = PrefixTier.NONE
             return True
-        if self._at_hand(digest):
+        if self._loads.at_hand(digest):
             if seq.prefix_tier is None:
-                seq.prefix_tier = self._staged.get(digest, PrefixTier.DEVICE)
+                seq.prefix_tier = self._loads.tier(digest)
             return True
         assert seq.request.prefix is not None
-        self._request_prefix(seq.request.prefix, step)
-        if digest in self._loading and seq.status is not SequenceStatus.WAITING_FOR_PREFIX:
+        self._loads.request(seq.request.prefix, step)
+        if digest in self._loads.loading and seq.status is not SequenceStatus.WAITING_FOR_PREFIX:
             seq.become(SequenceStatus.WAITING_FOR_PREFIX)
         return False
-
-    def _request_prefix(self, ref: PrefixRef, step: StepPlan) -> None:
-        """Has a prefix loaded unless it already is, or too many are under way."""
-        if self._may_request(ref.digest):
-            self._loading.add(ref.digest)
-            step.prefix_requests.append(ref)
-
-    def _may_request(self, digest: str) -> bool:
-        in_flight = len(self._loading) + len(self._staged)
-        return digest not in self._loading and in_flight < self._limits.max_num_seqs
 
     def _admit(self, seq: Sequence, step: StepPlan, now: float) -> bool:
         """Moves a sequence to the running set with all its blocks, or leaves everything as it was."""
@@ -354,10 +319,9 @@ class Scheduler:
 
     def _reserve(self, ref: PrefixRef, step: StepPlan) -> None:
         """Staged -> resident: blocks now, tensors in the step being planned."""
-        del self._staged[ref.digest]
+        self._loads.take(ref.digest)
         resident = self._prefixes.reserve(ref)
         step.prefix_loads.append(PrefixLoad(ref, resident.block_ids))
-        self._warm.pop(ref.digest, None)
         self._pins.mark(ref.digest)
 
     def _refuse_for_pins(self, seq: Sequence, needed: int) -> None:
@@ -369,62 +333,87 @@ class Scheduler:
             f"of which pinned prefixes hold {self._prefixes.num_blocks}",
         )
 
-    def _load_warm(self, step: StepPlan) -> None:
+    def _load_wished(self, step: StepPlan) -> None:
         """Makes asked-for prefixes resident where there is room without disturbing a sequence."""
-        for digest, ref in list(self._warm.items()):
-            if digest not in self._staged:
-                self._request_prefix(ref, step)
+        for digest, ref in list(self._loads.wished.items()):
+            if digest not in self._loads.staged:
+                self._loads.request(ref, step)
             elif self._make_room(
                 self._blocks.blocks_for(ref.num_virtual_tokens), len(self._running)
             ):
                 self._reserve(ref, step)
             elif not self._running:
-                self._forget_wish(digest)  # it can not fit beside what is pinned
-
-    def _drop_unwanted(self) -> None:
-        """Forgets staged prefixes whose last waiting sequence went away."""
-        if not self._staged:
-            return
-        wanted = {seq.digest for seq in self._waiting} | self._warm.keys()
-        for digest in [d for d in self._staged if d not in wanted]:
-            del self._staged[digest]
+                self._device_orders.give_up(digest)  # it can not fit beside what is pinned
 
     # ---- results -------------------------------------------------------------------------------
+
+    def take_ended(self) -> list[SequenceOutput]:
+        """Those that ended while a step was scheduled: aborted, or without their prefix."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def advance(self, plan: SchedulerOutput) -> None:
+        """The plan was launched: what its rows compute and sample, the next one builds on."""
+        for row in plan.rows:
+            row.sequence.num_computed_tokens += len(row.token_ids)
+            if row.sample:
+                row.sequence.output_token_ids.append(PENDING)
+        self._under_way = plan
 
     def commit(
         self, plan: SchedulerOutput, outcomes: Sequence_[RowOutcome]
     ) -> list[SequenceOutput]:
-        """Takes in what the runner did with `plan`, one outcome per row; returns what clients gain."""
+        """Takes in what came of `plan`, one outcome per row; returns what clients gain."""
         assert len(outcomes) == len(plan.rows)
-        ended, self._ended = self._ended, []
+        if self._under_way is plan:
+            self._under_way = None
         outputs = [self._commit_row(r, o) for r, o in zip(plan.rows, outcomes, strict=True)]
-        return ended + [output for output in outputs if output is not None]
+        return [output for output in outputs if output is not None]
 
     def _commit_row(self, row: ScheduledRow, outcome: RowOutcome) -> SequenceOutput | None:
-        seq = row.sequence
-        seq.num_computed_tokens += len(row.token_ids)
+        seq, num_tokens = row.sequence, row.start + len(row.token_ids)
         if outcome.error is not None:
             self._prompt_cache.drop(seq.chain)
-            return self._end(seq, FinishReason.ERROR, error=outcome.error)
+        if seq.status is SequenceStatus.FINISHED:
+            return None  # aborted meanwhile, or its last token was known only when this step was launched
+        if outcome.error is not None:
+            return self._end_failed(seq, outcome.error)
         if not row.sample:
             return None
         assert outcome.token_id is not None, "a sampling row has a token or an error"
-        # Only now: finite logits, that read them all, speak for the blocks. Those of answers are asked for again
-        # by the next turn of a conversation, and by this sequence after a preemption.
-        num_full = seq.num_computed_tokens // self._blocks.block_size
-        self._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
-        seq.output_token_ids.append(outcome.token_id)
-        reason = seq.finish_reason(self._limits.eos_token_ids)
+        if (
+            seq.status is SequenceStatus.RUNNING
+        ):  # else it was preempted meanwhile, and has no blocks
+            # Only now: finite logits, that read them all, speak for the blocks. Those of answers are asked for again
+            # by the next turn of a conversation, and by this sequence after a preemption.
+            num_full = num_tokens // self._blocks.block_size
+            self._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
+        count = seq.settle(num_tokens, outcome.token_id)
+        reason = seq.finish_reason(count, self._limits.eos_token_ids)
         if reason is None:
             return self._output(seq, outcome.token_id)
         return self._end(seq, reason, token_id=outcome.token_id)
 
+    def _end_failed(self, seq: Sequence, error: str) -> SequenceOutput:
+        """Nobody meets what a failed row has written: its own blocks are wiped.
+
+        One that it gave back while the step was under way may be another's already, who reads only what he wrote.
+        """
+        self._wipe_block_ids += seq.block_table[len(seq.chain.blocks) :]
+        return self._end(seq, FinishReason.ERROR, error=error)
+
     def fail(self, plan: SchedulerOutput, error: str) -> list[SequenceOutput]:
-        """The runner could not perform `plan`: its rows end, and prefixes it was to load are not trusted."""
+        """`plan` could not be performed: its rows end, and prefixes that it was to load are not trusted."""
         outputs = self.commit(plan, [RowOutcome(error=error)] * len(plan.rows))
-        for load in plan.prefix_loads:
-            self._pins.lift_digest(load.ref.digest)
-            self._prefixes.retire(load.ref.digest)
+        doubtful = {load.ref.digest for load in plan.prefix_loads}
+        # They began while the plan was under way.
+        began = [s for s in self._running if s.digest in doubtful]
+        for seq in began:
+            self._prompt_cache.drop(seq.chain)
+        outputs += [self._end_failed(seq, error) for seq in began]
+        for digest in doubtful:
+            self._pins.lift_digest(digest)
+            self._prefixes.retire(digest)
         return outputs
 
     def _finish(self, seq: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
@@ -483,7 +472,10 @@ class Scheduler:
         self._prefixes.check_invariants()
         self._prompt_cache.check_invariants(seq.chain for seq in self._order)
         self._pins.check_invariants()
-        wished = self._warm.keys() | {entry.ref.digest for entry in self._prefixes.entries()}
+        self._loads.check_invariants()
+        wished = self._loads.wished.keys() | {
+            entry.ref.digest for entry in self._prefixes.entries()
+        }
         assert self._pins.digests() <= wished, "a pinned prefix is neither resident nor on its way"
         assert set(self._waiting) | set(self._running) == set(self._order)
         assert not set(self._waiting) & set(self._running)
@@ -493,9 +485,9 @@ class Scheduler:
         assert all(s.status is SequenceStatus.RUNNING for s in self._running)
         assert all(not s.block_table and s.lease is None for s in self._waiting)
         assert not any(s.chain.blocks or s.num_computed_tokens for s in self._waiting)
-        for digest in [*self._loading, *self._staged]:
-            assert digest not in self._prefixes, "a prefix is in one state"
-        assert not self._loading & self._staged.keys()
+        rows = self._under_way.rows if self._under_way else ()
+        sampling = {row.sequence for row in rows if row.sample}
+        assert {s for s in self._order if s.is_pending} <= sampling, "a token is waited for in vain"
         self._check_blocks()
 
     def _check_blocks(self) -> None:

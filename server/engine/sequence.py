@@ -25,6 +25,9 @@ class SequenceStatus(StrEnum):
     FINISHED = "finished"
 
 
+PENDING: Final = -1
+"""An output token that a step under way samples: the device will know it, and the next step may build on it there."""
+
 _S = SequenceStatus
 _TRANSITIONS: Final = {
     _S.WAITING: {_S.WAITING_FOR_PREFIX, _S.RUNNING, _S.FINISHED},
@@ -39,8 +42,10 @@ _TRANSITIONS: Final = {
 class Sequence:
     """One choice (`index` of n) of a request.
 
-    `num_computed_tokens`: own tokens (prompt and output) whose K/V is in `block_table`; tokens of the
-    prefix are counted nowhere here. `block_table` and `lease` are held exactly while RUNNING; the table begins
+    `output_token_ids`: those known, and behind them `PENDING` for one that is not yet (for two between the launch of a step
+    and the commit of the one before). `num_computed_tokens`: own tokens (prompt and output) whose K/V is in `block_table`, or
+    will be when the steps under way have ended; tokens of the prefix are counted nowhere here.
+    `block_table` and `lease` are held exactly while RUNNING; the table begins
     with the blocks that `chain` leases from the prompt cache. `num_cached_tokens`: of the prompt, found there.
     `seed` is fixed when the request is submitted, so that a recompute samples the same tokens.
     """
@@ -68,12 +73,22 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Own tokens known so far: prompt and output."""
+        """Own tokens so far: prompt and output."""
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_uncomputed_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether its last token is still to come from the device."""
+        return self.output_token_ids[-1:] == [PENDING]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has all the tokens that it may have, known or not."""
+        return len(self.output_token_ids) >= self.request.sampling.max_tokens
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -91,17 +106,20 @@ class Sequence:
         tail = self.output_token_ids[: max(0, stop - len(prompt))]
         return (*prompt[start:stop], *tail)
 
-    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        """Why the sequence ends with its last token; None if it goes on."""
-        sampling, last = self.request.sampling, self.output_token_ids[-1]
+    def settle(self, num_tokens: int, token_id: int) -> int:
+        """The token behind the first `num_tokens` is known now. Returns how many output tokens there are with it."""
+        index = num_tokens - len(self.request.prompt_token_ids)
+        assert self.output_token_ids[index] == PENDING, "a token is sampled once"
+        self.output_token_ids[index] = token_id
+        return index + 1
+
+    def finish_reason(self, count: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why the sequence ends with the last of its first `count` output tokens; None if it goes on."""
+        sampling, last = self.request.sampling, self.output_token_ids[count - 1]
         is_eos = last in eos_token_ids and not sampling.ignore_eos
-        if (is_eos or last in sampling.stop_token_ids) and (
-            len(self.output_token_ids) > sampling.min_tokens
-        ):
+        if (is_eos or last in sampling.stop_token_ids) and count > sampling.min_tokens:
             return FinishReason.STOP
-        if len(self.output_token_ids) >= sampling.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if count >= sampling.max_tokens else None
 
     def become(self, status: SequenceStatus) -> None:
         """Changes the status along a legal edge."""

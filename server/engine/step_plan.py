@@ -5,6 +5,7 @@ Owned by the engine thread; made and filled by the scheduler for each step, whic
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from server.engine.messages import Answer, PrefixLoad, ScheduledRow, SchedulerOutput
@@ -22,6 +23,7 @@ class StepPlan:
     prefix_loads: list[PrefixLoad] = field(default_factory=list)
     num_preemptions: int = 0
     answers: list[Answer] = field(default_factory=list)
+    wipe_block_ids: tuple[int, ...] = ()
 
     def add_row(self, seq: Sequence) -> None:
         """As many of the sequence's tokens as the budget allows; it has blocks for all of them."""
@@ -37,7 +39,6 @@ class StepPlan:
             first_position=prefix.first_position if prefix else 0,
             block_ids=tuple(seq.block_table),
             sample=stop == seq.num_tokens,
-            num_shared_blocks=len(seq.chain.blocks),
         )
         self.budget -= num_tokens
 
@@ -47,14 +48,6 @@ class StepPlan:
         if row is not None:
             self.budget += len(row.token_ids)
 
-    def computes(self, key: bytes) -> bool:
-        """Whether a row is on its way to the block of tokens with this key, to enter it into the prompt cache."""
-        return any(
-            key in seq.chain.keys[len(seq.chain.blocks) + 1 :]
-            for seq, row in self.rows.items()
-            if len(row.token_ids) > 1
-        )
-
     def finished_plan(self) -> SchedulerOutput:
         """What the runner is given."""
         return SchedulerOutput(
@@ -63,4 +56,11 @@ class StepPlan:
             rows=tuple(self.rows.values()),
             num_preemptions=self.num_preemptions,
             answers=tuple(self.answers),
+            wipe_block_ids=self.wipe_block_ids,
         )
+
+
+def computes(rows: Iterable[ScheduledRow], key: bytes) -> bool:
+    """Whether a row is on its way to the block of tokens with this key, to enter it into the prompt cache."""
+    chains = (row.sequence.chain for row in rows if len(row.token_ids) > 1)
+    return any(key in chain.keys[len(chain.blocks) + 1 :] for chain in chains)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prefix_store.artifact import Prefix
 from prefix_store.spec import KVLayout
+from server.kvcache.to_device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class KVCache:
         """
         assert len(prefix.keys) == len(self.layers), "validation has checked the layer count"
         num_virtual_tokens = prefix.keys[0].shape[0]
-        slots = self.slots(block_ids, num_virtual_tokens).to(self.device)
+        slots = to_device(self.slots(block_ids, num_virtual_tokens), self.device)
         for layer, keys, values in zip(self.layers, prefix.keys, prefix.values, strict=True):
             layer.write(slots, self._here(keys), self._here(values))
 
@@ -92,7 +93,7 @@ class KVCache:
 
     def zero_blocks(self, block_ids: Sequence[int]) -> None:
         """Wipes blocks whose content must not be met again (a row that went non-finite)."""
-        slots = self.slots(block_ids, len(block_ids) * self.block_size).to(self.device)
+        slots = to_device(self.slots(block_ids, len(block_ids) * self.block_size), self.device)
         for layer in self.layers:
             layer.keys.index_fill_(0, slots, 0)
             layer.values.index_fill_(0, slots, 0)

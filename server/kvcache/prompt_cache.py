@@ -151,11 +151,12 @@ class PromptCache:
             self._release(chain.blocks.pop())
 
     def drop(self, chain: BlockChain) -> None:
-        """Takes what a chain leases, and all that was computed behind it, out of the cache.
+        """Takes what a chain leases, or leased until it was given back, and all that was computed behind it, out of the cache.
 
         Whoever reads it already goes on; the blocks are freed when nobody does.
         """
-        fallen = [entry for entry in chain.blocks[:1] if not entry.dropped]
+        first = chain.blocks[0] if chain.blocks else self._known_beginning(chain)
+        fallen = [] if first is None or first.dropped else [first]
         while fallen:
             entry = fallen.pop()
             fallen.extend(entry.children.values())
@@ -166,6 +167,9 @@ class PromptCache:
                 self._dropped.add(entry)
             else:
                 self._blocks.free([entry.block_id])
+
+    def _known_beginning(self, chain: BlockChain) -> CachedBlock | None:
+        return self._entries.get(chain.keys[1]) if len(chain.keys) > 1 else None
 
     def make_room(self, num_blocks: int) -> None:
         """Evicts least recently used blocks until `num_blocks` are free or none can go."""

@@ -27,9 +27,11 @@ from torch import Tensor
 from server.engine.messages import ScheduledRow
 from server.kernels.work_tables import TableShape, WorkTables
 from server.kvcache.kv_cache import KVCache
+from server.kvcache.to_device import to_device
 from server.model.attention.base import PagedAttention
 from server.model.attention.triton import TablesKind, pack_plan
 from server.model.attention.work_items import CHUNK, DecodeRow, WorkPlan
+from server.model.fed_back_tokens import FedBackTokens
 from server.model.forward_batch import ForwardBatch, RowSpan
 from server.model.loader import LoadedModel
 from server.model.recorded_steps import MOST_PARTS
@@ -105,15 +107,11 @@ class _FixedTables:
         self._room = max(shape.tables(block_size).buffer_len for shape in shapes)
         self._device = device
         self._buffers: dict[TablesKind, Tensor] = {}
-        self._staging: dict[TablesKind, Tensor] = {}  # on the host, where the device can fetch it
 
     def view(self, kind: TablesKind, shape: GraphShape) -> WorkTables:
         """The tables of that kind as a graph of that shape reads them."""
         if kind not in self._buffers:
             self._buffers[kind] = torch.zeros(self._room, dtype=torch.int32, device=self._device)
-            self._staging[kind] = torch.zeros(
-                self._room, dtype=torch.int32, pin_memory=self._device.type == "cuda"
-            )
         table_shape = shape.tables(self._block_size)
         return WorkTables.of(self._buffers[kind][: table_shape.buffer_len], table_shape)
 
@@ -122,11 +120,10 @@ class _FixedTables:
         return {kind: kind.plan(rows) for kind in self._buffers}
 
     def fill(self, plans: dict[TablesKind, WorkPlan], shape: GraphShape) -> None:
-        """Copies the work of a step to where the graph of that shape reads it. The step before has ended."""
+        """Copies the work of a step to where the graph of that shape reads it, once the step before has read its own."""
         for kind, plan in plans.items():
             words = pack_plan(plan, shape.tables(self._block_size))
-            staged = self._staging[kind][: len(words)].copy_(words)
-            self._buffers[kind][: len(words)].copy_(staged, non_blocking=True)
+            self._buffers[kind][: len(words)].copy_(to_device(words, self._device))
 
 
 @dataclass(frozen=True)
@@ -185,7 +182,9 @@ class DecodeGraphs:
         )
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[ScheduledRow]) -> tuple[Tensor, Tensor] | None:
+    def run(
+        self, rows: Sequence[ScheduledRow], fed_back: FedBackTokens
+    ) -> tuple[Tensor, Tensor] | None:
         """Logits [len(rows), V] of a step and `most_probable` of them, until the next step; None: no graph fits it."""
         if any(len(row.token_ids) != 1 or not row.sample for row in rows):
             return None
@@ -199,7 +198,9 @@ class DecodeGraphs:
         if max((sum(plan.num_parts) for plan in plans.values()), default=0) > MOST_PARTS:
             return None
         self._tables.fill(plans, shape)
-        self._inputs[:, : shape.num_rows].copy_(self._inputs_of(rows, shape.num_rows))
+        inputs = to_device(self._inputs_of(rows, shape.num_rows), self._kv_cache.device)
+        self._inputs[:, : shape.num_rows].copy_(inputs)
+        fed_back.fill(rows, self._inputs[0])
         self._replays[shape]()
         return self._logits[: len(rows)], self._best[: len(rows)]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from server.engine.messages import ScheduledRow
 from server.kvcache.kv_cache import KVCache, slots_of
+from server.kvcache.to_device import to_device
 from server.model.pack_shape import AS_IT_IS, PackShape
 
 _T = TypeVar("_T")
@@ -132,12 +133,12 @@ class ForwardBatch:
         first = rows[0].first
         # The scheduler puts one-token rows first, so they mostly stand side by side: no copy is needed then.
         together = all(row.first == first + i for i, row in enumerate(rows))
-        tokens = torch.tensor([row.first for row in rows]).to(self.device)
+        tokens = to_device(torch.tensor([row.first for row in rows]), self.device)
         return DecodeGroup(
             tokens=slice(first, first + len(rows)) if together else tokens,
             length=length,
-            kv_lens=torch.tensor([row.kv_len for row in rows]).to(self.device),
-            kv_slots=slots.flatten().to(self.device),
+            kv_lens=to_device(torch.tensor([row.kv_len for row in rows]), self.device),
+            kv_slots=to_device(slots.flatten(), self.device),
         )
 
     @cached_property
@@ -161,7 +162,7 @@ class ForwardBatch:
                 )
             )
             seen = stop
-        return PrefillGroup(slots.to(self.device), tuple(stretches))
+        return PrefillGroup(to_device(slots, self.device), tuple(stretches))
 
     @cached_property
     def _slot_table(self) -> Tensor:
@@ -231,10 +232,10 @@ def build_forward_batch(
     repeated = sampling[-1:] * (pack_shape.min_tokens - len(sampling))
     device = kv_cache.device
     return ForwardBatch(
-        input_ids=torch.tensor([token_ids + filling]).to(device),
-        position_ids=torch.tensor([positions + filling]).to(device),
-        slot_mapping=torch.tensor(slots).to(device),
-        logits_indices=torch.tensor(sampling + repeated, dtype=torch.int64).to(device),
+        input_ids=to_device(torch.tensor([token_ids + filling]), device),
+        position_ids=to_device(torch.tensor([positions + filling]), device),
+        slot_mapping=to_device(torch.tensor(slots), device),
+        logits_indices=to_device(torch.tensor(sampling + repeated, dtype=torch.int64), device),
         num_logits=len(sampling),
         rows=tuple(spans),
         device=device,

@@ -118,7 +118,7 @@ def run_largest_step(runner: ModelRunner, kv_cache: KVCache, step: LargestStep) 
     assert block > 0, "block 0 stays zero"
     try:
         for plan in largest_plans(step, block, kv_cache.block_size):
-            runner.execute(plan, {})
+            runner.launch(plan, {}).outcomes()
     finally:
         with torch.inference_mode():
             kv_cache.zero_blocks((block,))

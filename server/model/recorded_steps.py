@@ -15,6 +15,7 @@ from prefix_store.spec import DTYPE_BYTES
 from server.engine.messages import ScheduledRow
 from server.kvcache.kv_cache import KVCache
 from server.model.attention.base import AttentionBackend, PagedAttention, RecordableBackend
+from server.model.fed_back_tokens import FedBackTokens
 from server.model.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ MOST_PARTS: Final = 8192
 class RecordedSteps(Protocol):
     """What performs steps of a kind faster than a forward pass does: `DecodeGraphs`."""
 
-    def run(self, rows: Sequence[ScheduledRow]) -> tuple[Tensor, Tensor] | None:
+    def run(
+        self, rows: Sequence[ScheduledRow], fed_back: FedBackTokens
+    ) -> tuple[Tensor, Tensor] | None:
         """Logits [len(rows), V] and the most probable token of each [len(rows)], or None: not a step of that kind."""
         ...
 

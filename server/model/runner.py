@@ -1,7 +1,8 @@
-"""Performs a step plan: writes prefixes into the pool, runs the model once, samples.
+"""Performs a step plan: wipes, writes prefixes into the pool, runs the model once, samples.
 
-Owned by the engine thread; `execute` is called by `EngineCore.step` only, `forward` by trials and the self-check too. Decides nothing: which rows run, in which
-blocks, is all in the plan.
+Owned by the engine thread; `launch` is called by `EngineCore.step` only, `forward` by trials and the self-check too. Decides nothing:
+which rows run, in which blocks, is all in the plan. Nothing here waits for a GPU: what it is given to do, it does in that order,
+and what a plan frees may be written by the next.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from prefix_store.artifact import Prefix
 from server.engine.messages import PrefixLoad, RowOutcome, ScheduledRow, SchedulerOutput
 from server.kvcache.kv_cache import KVCache
 from server.model.attention.base import PagedAttention
+from server.model.fed_back_tokens import FedBackTokens
 from server.model.forward_batch import build_forward_batch
 from server.model.loader import LoadedModel
 from server.model.recorded_steps import RecordedSteps
-from server.model.sampler import sample
+from server.model.sampler import next_tokens, outcomes_of
 
 
 class ModelRunner:
@@ -28,33 +30,34 @@ class ModelRunner:
         self._model = model
         self._kv_cache = kv_cache
         self._attention = attention
+        self._fed_back = FedBackTokens()
         self.recorded: RecordedSteps | None = None
 
     @torch.inference_mode()
-    def execute(
-        self, plan: SchedulerOutput, staged: Mapping[str, Prefix]
-    ) -> tuple[RowOutcome, ...]:
-        """One outcome per row of the plan. `staged` holds the prefixes that the plan loads, by digest."""
+    def launch(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> _Launched:
+        """Has the device perform a plan. `staged` holds the prefixes that the plan loads, by digest."""
+        if plan.wipe_block_ids:
+            self._kv_cache.zero_blocks(plan.wipe_block_ids)
         for load in plan.prefix_loads:
             self._load_prefix(load, staged)
-        if not plan.rows:
-            return ()
-        logits, best = self._logits(plan.rows)
         sampling = [row.sequence for row in plan.rows if row.sample]
-        sampled = iter(sample(logits, sampling, self._model.eos_token_ids, best))
-        outcomes = tuple(next(sampled) if row.sample else RowOutcome() for row in plan.rows)
-        self._wipe_failed(plan.rows, outcomes)
-        return outcomes
+        tokens = torch.empty(0, dtype=torch.int64)
+        if plan.rows:
+            logits, best = self._logits(plan.rows)
+            tokens = next_tokens(logits, sampling, self._model.eos_token_ids, best)
+        self._fed_back.keep(sampling, tokens)
+        return _Launched(plan.rows, tokens)
 
     def _logits(self, rows: tuple[ScheduledRow, ...]) -> tuple[Tensor, Tensor | None]:
         """Logits [number of sampling rows, V], and the most probable token of each if a graph has found it."""
-        recorded = self.recorded.run(rows) if self.recorded else None
+        recorded = self.recorded.run(rows, self._fed_back) if self.recorded else None
         return (self.forward(rows), None) if recorded is None else recorded
 
     @torch.inference_mode()
     def forward(self, rows: tuple[ScheduledRow, ...]) -> Tensor:
         """Logits [number of sampling rows, V] of one packed forward pass; writes the rows' K/V."""
         batch = build_forward_batch(rows, self._kv_cache, self._model.pack_shape)
+        self._fed_back.fill(rows, batch.input_ids[0])
         self._attention.begin(batch)
         try:
             logits = self._model.logits(batch.input_ids, batch.position_ids, batch.logits_indices)
@@ -67,10 +70,22 @@ class ModelRunner:
         assert prefix.digest == load.ref.digest, "staged tensors of another version"
         self._kv_cache.write_prefix(load.block_ids, prefix)
 
-    def _wipe_failed(
-        self, rows: tuple[ScheduledRow, ...], outcomes: tuple[RowOutcome, ...]
-    ) -> None:
-        """Zeroes the own blocks of rows that went non-finite before another request gets them."""
-        for row, outcome in zip(rows, outcomes, strict=True):
-            if outcome.error is not None:
-                self._kv_cache.zero_blocks(row.block_ids[row.num_shared_blocks :])
+
+class _Launched:
+    """A step under way; its tokens are on their way to the host."""
+
+    def __init__(self, rows: tuple[ScheduledRow, ...], tokens: Tensor) -> None:
+        on_gpu = tokens.is_cuda
+        self._rows = rows
+        self._tokens = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=on_gpu)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call] # torch has no annotations there
+        if self._copied is not None:
+            self._copied.record()
+
+    def outcomes(self) -> tuple[RowOutcome, ...]:
+        """One per row of the plan, as soon as the device has them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        sampled = iter(outcomes_of(self._tokens))
+        return tuple(next(sampled) if row.sample else RowOutcome() for row in self._rows)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from server.engine.messages import RowOutcome
 from server.engine.sequence import Sequence
+from server.kvcache.to_device import to_device
 from server.types import SamplingParams
 
 NUMERICAL_ERROR: Final = "the model produced non-finite logits for this request"
@@ -41,18 +42,8 @@ def most_probable(logits: Tensor) -> Tensor:
     return first_highest.where(highest.isfinite(), -1)
 
 
-def sample(
-    logits: Tensor,
-    sequences: Sequence_[Sequence],
-    eos_token_ids: frozenset[int],
-    best: Tensor | None = None,
-) -> list[RowOutcome]:
-    """One outcome per row of `logits` [R, V]. A non-finite row fails alone. `best`: `most_probable`, if it is known."""
-    return outcomes_of(next_tokens(logits, sequences, eos_token_ids, best))
-
-
 def outcomes_of(tokens: Tensor) -> list[RowOutcome]:
-    """What `next_tokens` [R] say of each row. Waits for the device."""
+    """What `next_tokens` [R] say of each row. A non-finite one fails alone."""
     return [
         RowOutcome(error=NUMERICAL_ERROR) if token < 0 else RowOutcome(token_id=token)
         for token in tokens.tolist()
@@ -65,7 +56,10 @@ def next_tokens(
     eos_token_ids: frozenset[int],
     best: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row of `logits` [R, V], int64 [R]; -1 where a row is not finite."""
+    """The next token of each row of `logits` [R, V], int64 [R]; -1 where a row is not finite.
+
+    `best`: `most_probable` of them, if it is known.
+    """
     best = most_probable(logits) if best is None else best
     others = [row for row, seq in enumerate(sequences) if not _argmax_suffices(seq)]
     if not others:
@@ -73,23 +67,16 @@ def next_tokens(
     tokens = best.clone()
     together = _ROWS_ON_CPU if logits.device.type == "cpu" else _ROWS_ON_GPU
     for start in range(0, len(others), together):
-        rows = others[start : start + together]
-        chosen = _choose(logits[rows].float(), [sequences[row] for row in rows], eos_token_ids)
+        some = others[start : start + together]
+        rows = to_device(torch.tensor(some), logits.device)
+        chosen = _choose(logits[rows].float(), [sequences[row] for row in some], eos_token_ids)
         tokens[rows] = chosen.where(best[rows] >= 0, -1)
     return tokens
 
 
 def _argmax_suffices(seq: Sequence) -> bool:
     params = seq.request.sampling
-    return params.greedy and not _has_penalties(params) and not _blocks_stops(seq)
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-    )
+    return params.greedy and not params.has_penalties and not _blocks_stops(seq)
 
 
 def _blocks_stops(seq: Sequence) -> bool:
@@ -101,7 +88,7 @@ def _choose(
 ) -> Tensor:
     """The next token [R] of rows of which each asks for more than the most probable one; changes `logits` [R, V]."""
     for row, seq in zip(logits, sequences, strict=True):
-        if _has_penalties(seq.request.sampling):
+        if seq.request.sampling.has_penalties:
             _apply_penalties(row, seq)
         if _blocks_stops(seq):
             _block_stops(row, seq.request.sampling, eos_token_ids)
@@ -127,7 +114,7 @@ def _probabilities(logits: Tensor, sequences: Sequence_[Sequence]) -> Tensor:
 
 def _column(values: Sequence_[float], like: Tensor) -> Tensor:
     """One value per row [R, 1], on the device of the logits; booleans stay so."""
-    return torch.tensor(values).to(like.device, non_blocking=True)[:, None]
+    return to_device(torch.tensor(values), like.device)[:, None]
 
 
 def _apply_penalties(logits: Tensor, seq: Sequence) -> None:
@@ -135,13 +122,13 @@ def _apply_penalties(logits: Tensor, seq: Sequence) -> None:
     params = seq.request.sampling
     width = logits.shape[-1]
     seen = torch.tensor(sorted({*seq.request.prompt_token_ids, *seq.output_token_ids}))
-    seen = seen[seen < width].to(logits.device)
+    seen = to_device(seen[seen < width], logits.device)
     chosen = logits[seen]
     penalty = params.repetition_penalty
     logits[seen] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
     if seq.output_token_ids:
         counts = torch.bincount(torch.tensor(seq.output_token_ids), minlength=width)[:width]
-        counts = counts.to(logits.device)
+        counts = to_device(counts, logits.device)
         logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
 
@@ -150,7 +137,9 @@ def _block_stops(logits: Tensor, params: SamplingParams, eos_token_ids: frozense
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else eos_token_ids)
     ids = [i for i in stops if i < logits.shape[-1]]
     if len(ids) < logits.shape[-1]:
-        logits[ids] = float("-inf")
+        logits.index_fill_(
+            -1, to_device(torch.tensor(ids, dtype=torch.int64), logits.device), float("-inf")
+        )
 
 
 def _keep_top_k(logits: Tensor, top_k: Sequence_[int]) -> Tensor:
@@ -170,12 +159,13 @@ def _keep_top_p(probabilities: Tensor, top_p: Sequence_[float]) -> Tensor:
 
     Tokens as probable as the least probable of them are kept too.
     """
-    limited = [row for row, p in enumerate(top_p) if p < 1.0]
-    if not limited:
+    limits = [p for p in top_p if p < 1.0]
+    if not limits:
         return probabilities
-    limits = _column([top_p[row] for row in limited], probabilities)
+    rows = [row for row, p in enumerate(top_p) if p < 1.0]
+    limited = to_device(torch.tensor(rows), probabilities.device)
     least = torch.zeros_like(probabilities[:, :1])
-    least[limited] = _least_of_nucleus(probabilities[limited], limits)
+    least[limited] = _least_of_nucleus(probabilities[limited], _column(limits, probabilities))
     return probabilities.masked_fill(probabilities < least, 0.0)
 
 
@@ -204,7 +194,7 @@ def _draw(probabilities: Tensor, sequences: Sequence_[Sequence]) -> Tensor:
     """A token of each row [R] in proportion to `probabilities` [R, V]: where their sum first exceeds a random part of it."""
     total = probabilities.cumsum(-1, dtype=torch.float64)
     parts = [_uniform(seq.seed, len(seq.output_token_ids)) for seq in sequences]
-    target = torch.tensor(parts, dtype=torch.float64).to(total.device, non_blocking=True)[:, None]
+    target = to_device(torch.tensor(parts, dtype=torch.float64), total.device)[:, None]
     target = torch.minimum(target * total[:, -1:], total[:, -1:].nextafter(target.new_zeros(())))
     # The first sum above the target is of a token that adds to it, never of one that was ruled out.
     return torch.searchsorted(total, target, right=True)[:, 0].clamp_max(total.shape[-1] - 1)

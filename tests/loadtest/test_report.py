@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loadtest.errors import LoadTestError, PlotsUnavailable
-from loadtest.plots import CAPTIONS, require_matplotlib
+from loadtest.cli_bench import bench
+from loadtest.errors import BadLoad, LoadTestError
+from loadtest.plots import CAPTIONS
 from loadtest.progress import Progress, line
 from loadtest.recorder import Outcome, Recorder
 from loadtest.report import write_report
@@ -73,7 +74,7 @@ def test_the_report_refers_to_nothing_outside_itself_and_escapes_what_it_shows(
     text = (folder / "report.html").read_text()
     seen = Attributes()
     seen.feed(text)
-    assert len(seen.fetched) == len(CAPTIONS)
+    assert len(seen.fetched) == 2 * len(CAPTIONS), "on light and on dark"
     assert all(value.startswith("data:image/png;base64,") for value in seen.fetched)
     assert not re.search(r"url\(|@import", text)
     assert "default-src 'none'" in text
@@ -97,12 +98,12 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_plots_without_matplotlib_are_refused_before_the_run(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
-    with pytest.raises(PlotsUnavailable, match=r"pip install 'prefixd\[bench\]'"):
-        require_matplotlib()
+    with pytest.raises(BadLoad, match="--out: plots need matplotlib"):
+        bench("http://127.0.0.1:1", out=tmp_path / "out")
 
 
 def test_the_tables_show_what_was_measured() -> None:

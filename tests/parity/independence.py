@@ -2,7 +2,7 @@
 
 A pool of requests runs once alone: each with all blocks it may want, nothing cached, and its whole prompt in one step.
 A trial then runs 2 to 32 of them together, arriving at random, in another pool, with other chunks and other block sizes,
-so that some are preempted and computed again, and mostly with the prompt cache, so that many read what another has
+so that some are preempted and computed again, half of the time with steps that overlap, and mostly with the prompt cache, so that many read what another has
 computed: prompts begin alike, and some requests come twice. Every token and every logit must be what it was alone.
 `test_independence.py` does a few hundred trials; `make independence` runs this file for a thousand, with as many threads as it is told.
 """
@@ -126,6 +126,7 @@ class Laboratory:
             merged=True,
             prepacked=True,
             prompt_cache=rng.random() < 0.8,
+            overlapped=rng.random() < 0.5,
             num_blocks=rng.choice((tight, tight, tight, 4000 // block_size)),
             block_size=block_size,
             max_num_seqs=min(budget, rng.choice((3, 32, 32))),

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
 from prefix_store.artifact import Prefix
 from server.engine.messages import PrefixLoad, RowOutcome, ScheduledRow, SchedulerOutput
+from server.engine.sequence import PENDING, Sequence
 from server.kvcache.block_pool import BlockPool
 from server.types import GenerationRequest, PrefixRef
 
@@ -93,6 +95,29 @@ class PoisoningBlockPool(BlockPool):
             self.memory[start : start + self.block_size] = array("q", [POISON]) * self.block_size
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step of which the engine does not ask yet how it ended."""
+
+    ended: list[RowOutcome]
+    check: Callable[[], None]
+
+    def outcomes(self) -> list[RowOutcome]:
+        self.check()
+        return self.ended
+
+
+def _nothing() -> None:
+    """Most steps do not break."""
+
+
+def _fed(row: ScheduledRow, tokens: Mapping[Sequence, int | None]) -> tuple[int, ...]:
+    """The row's tokens, with what the step before has sampled; anything, if that has failed."""
+    if row.token_ids[-1] != PENDING:
+        return row.token_ids
+    return (*row.token_ids[:-1], tokens.get(row.sequence) or 0)
+
+
 class HashRunner:
     """Performs plans on `pool.memory`. Fails rows and whole steps at random, as often as it is told."""
 
@@ -110,21 +135,30 @@ class HashRunner:
         self.step_error_rate = step_error_rate
         self.num_row_errors = 0
         self.num_step_errors = 0
+        self._fed_back: dict[Sequence, int | None] = {}
 
-    def execute(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> Sequence[RowOutcome]:
+    def launch(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> _Launched:
+        """Performs the plan at once, as a device does in the end: one after the other, before what is freed later."""
+        tokens = self._fed_back
+        self._wipe(plan.wipe_block_ids)
         breaks = self._faults.random() < self.step_error_rate
+        at_launch = self._faults.random() < 0.5
         for load in plan.prefix_loads:
             if not (breaks and self._faults.random() < 0.5):
                 self._load(load, staged)
         outcomes = []
         for row in plan.rows:
-            outcomes.append(self._run(row))
+            outcomes.append(self._run(row, _fed(row, tokens)))
             if breaks and self._faults.random() < 0.5:
                 break
-        if breaks:
-            self.num_step_errors += 1
-            raise RunnerBroke
-        return outcomes
+        self._fed_back = {r.sequence: o.token_id for r, o in zip(plan.rows, outcomes, strict=False)}
+        if breaks and at_launch:
+            self._break()
+        return _Launched(outcomes, self._break if breaks else _nothing)
+
+    def _break(self) -> None:
+        self.num_step_errors += 1
+        raise RunnerBroke
 
     def _load(self, load: PrefixLoad, staged: Mapping[str, Prefix]) -> None:
         prefix = staged[load.ref.digest]
@@ -132,14 +166,13 @@ class HashRunner:
         for i, word in enumerate(words):
             self._memory[self._slot(load.block_ids, i)] = word
 
-    def _run(self, row: ScheduledRow) -> RowOutcome:
+    def _run(self, row: ScheduledRow, token_ids: tuple[int, ...]) -> RowOutcome:
         before = self._word_before(row)
-        for i, token_id in enumerate(row.token_ids, start=row.start):
+        for i, token_id in enumerate(token_ids, start=row.start):
             before = word_of(token_id, row.first_position + i, before)
             self._memory[self._slot(row.block_ids, i)] = before
         if self._faults.random() < self.row_error_rate:
             self.num_row_errors += 1
-            self._wipe(row.block_ids[row.num_shared_blocks :])
             return RowOutcome(error=ROW_ERROR)
         if not row.sample:
             return RowOutcome()
@@ -157,7 +190,7 @@ class HashRunner:
         return salted(self._memory[self._slot(row.prefix_block_ids, last)], request)
 
     def _wipe(self, block_ids: tuple[int, ...]) -> None:
-        """As `ModelRunner` does with a row that failed."""
+        """As `ModelRunner` does with blocks of a row that failed."""
         for block_id in block_ids:
             start = block_id * self._block_size
             self._memory[start : start + self._block_size] = array("q", [WIPED]) * self._block_size

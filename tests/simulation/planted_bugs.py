@@ -12,9 +12,11 @@ from typing import Any, Final
 
 import pytest
 
+from server.engine.core import EngineCore
 from server.engine.messages import EvictPrefix, PrefixReady, RowOutcome
+from server.engine.prefix_loads import PrefixLoads
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence, SequenceStatus
+from server.engine.sequence import PENDING, Sequence, SequenceStatus
 from server.engine.step_plan import StepPlan
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.pins import Pin, Pins
@@ -175,13 +177,13 @@ def pin_stays_with_the_old_version(original: Any, pins: Any, ref: Any) -> Any:
     return pins._state(None) if ref.task in pins._pins else None
 
 
-@_bug(Scheduler, "_may_request")
-def prefix_is_asked_for_twice(original: Any, scheduler: Any, digest: str) -> bool:
+@_bug(PrefixLoads, "may_request")
+def prefix_is_asked_for_twice(original: Any, loads: Any, digest: str) -> bool:
     return True
 
 
-@_bug(Scheduler, "_drop_unwanted")
-def staged_prefix_is_kept_when_nobody_wants_it(original: Any, scheduler: Any) -> None:
+@_bug(PrefixLoads, "keep_only")
+def staged_prefix_is_kept_when_nobody_wants_it(original: Any, loads: Any, digests: Any) -> None:
     pass
 
 
@@ -193,7 +195,7 @@ def failed_load_ends_only_the_first_that_waits(
     scheduler._waiting = [s for s in scheduler._waiting if s not in kept]
     original(scheduler, digest, reason)
     scheduler._waiting = sorted([*scheduler._waiting, *kept], key=scheduler._order.__getitem__)
-    scheduler._loading.update({digest} if kept else ())
+    scheduler._loads.loading.update({digest} if kept else ())
 
 
 @_bug(Scheduler, "has_work")
@@ -201,7 +203,7 @@ def sleeps_while_a_prefix_could_be_asked_for(original: Any, scheduler: Any) -> b
     """As it was until the simulation found it."""
     if scheduler._running or scheduler._ended:
         return True
-    return any(s.digest is None or scheduler._at_hand(s.digest) for s in scheduler._waiting)
+    return any(s.digest is None or scheduler._loads.at_hand(s.digest) for s in scheduler._waiting)
 
 
 # ---- the prompt cache --------------------------------------------------------------------------
@@ -270,7 +272,7 @@ def reused_tokens_are_counted_one_block_too_many(
 ) -> bool:
     admitted: bool = original(scheduler, seq, step, now)
     row = step.rows.get(seq)
-    if admitted and row is not None and row.num_shared_blocks and len(row.token_ids) > 1:
+    if admitted and row is not None and seq.chain.blocks and len(row.token_ids) > 1:
         step.rows[seq] = dataclasses.replace(row, start=row.start + 1, token_ids=row.token_ids[1:])
     return admitted
 
@@ -373,10 +375,12 @@ def own_block_is_kept_beside_the_cached_one(
     table[index : index + 1] = own or [entry.block_id]
 
 
-@_bug(StepPlan, "add_row")
-def cached_blocks_are_wiped_when_a_reader_fails(original: Any, step: Any, seq: Sequence) -> None:
-    original(step, seq)
-    step.rows[seq] = dataclasses.replace(step.rows[seq], num_shared_blocks=0)
+@_bug(Scheduler, "_end_failed")
+def cached_blocks_are_wiped_when_a_reader_fails(
+    original: Any, scheduler: Any, seq: Sequence, error: str
+) -> Any:
+    scheduler._wipe_block_ids += seq.block_table
+    return original(scheduler, seq, error)
 
 
 @_bug(Scheduler, "_is_anticipated")
@@ -509,7 +513,7 @@ def evict_order_also_forgets_a_load_under_way(
 ) -> None:
     original(scheduler, message, *rest)
     if isinstance(message, EvictPrefix):
-        scheduler._loading.discard(message.digest)
+        scheduler._loads.loading.discard(message.digest)
 
 
 @_bug(Scheduler, "_receive")
@@ -518,4 +522,74 @@ def answer_that_nobody_asked_for_is_staged(
 ) -> None:
     original(scheduler, message, *rest)
     if isinstance(message, PrefixReady) and scheduler._waiting:
-        scheduler._loading.add(message.digest)
+        scheduler._loads.loading.add(message.digest)
+
+
+# ---- steps that overlap --------------------------------------------------------------------------
+
+
+@_bug(Sequence, "settle")
+def token_is_put_behind_those_that_came_meanwhile(
+    original: Any, seq: Sequence, num_tokens: int, token_id: int
+) -> Any:
+    count = original(seq, num_tokens, token_id)
+    if seq.is_pending:
+        seq.output_token_ids[count - 1], seq.output_token_ids[-1] = PENDING, token_id
+    return count
+
+
+@_bug(Scheduler, "_commit_row")
+def row_is_taken_for_the_one_under_way(
+    original: Any, scheduler: Any, row: Any, outcome: RowOutcome
+) -> Any:
+    """What is entered into the prompt cache then reaches to tokens that nobody knows yet."""
+    seq = row.sequence
+    if row.sample and outcome.error is None and seq.status is SequenceStatus.RUNNING:
+        num_full = seq.num_tokens // scheduler._blocks.block_size
+        scheduler._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
+    return original(scheduler, row, outcome)
+
+
+@_bug(Scheduler, "_commit_row")
+def blocks_that_were_given_back_are_entered_into_the_cache(
+    original: Any, scheduler: Any, row: Any, outcome: RowOutcome
+) -> Any:
+    seq, size = row.sequence, scheduler._blocks.block_size
+    if seq.status is SequenceStatus.PREEMPTED and outcome.error is None and row.sample:
+        num_full = (row.start + len(row.token_ids)) // size
+        if not {*row.block_ids[:num_full]} & scheduler._prompt_cache.block_ids():
+            table = list(row.block_ids)
+            scheduler._prompt_cache.enter(seq.chain, table, seq.token_ids, num_full)
+            while seq.chain.blocks:
+                scheduler._prompt_cache._release(seq.chain.blocks.pop())
+    return original(scheduler, row, outcome)
+
+
+@_bug(Sequence, "is_full")
+def a_sequence_that_has_all_its_tokens_goes_on(original: Any, seq: Sequence) -> bool:
+    return False
+
+
+@_bug(Scheduler, "fail")
+def those_who_began_with_a_prefix_of_a_failed_step_go_on(
+    original: Any, scheduler: Any, plan: Any, error: str
+) -> Any:
+    outputs = scheduler.commit(plan, [RowOutcome(error=error)] * len(plan.rows))
+    for load in plan.prefix_loads:
+        scheduler._pins.lift_digest(load.ref.digest)
+        scheduler._prefixes.retire(load.ref.digest)
+    return outputs
+
+
+@_bug(Scheduler, "_end_failed")
+def blocks_of_a_failed_row_are_not_wiped(
+    original: Any, scheduler: Any, seq: Sequence, error: str
+) -> Any:
+    output = original(scheduler, seq, error)
+    scheduler._wipe_block_ids.clear()
+    return output
+
+
+@_bug(EngineCore, "has_work")
+def the_engine_sleeps_while_a_step_is_under_way(original: Any, core: Any) -> Any:
+    return core._scheduler.has_work() and core._under_way is None

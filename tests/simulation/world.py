@@ -83,6 +83,7 @@ class Scenario:
     row_error_rate: float
     step_error_rate: float
     prompt_cache: bool
+    overlapped: bool
     num_salts: int
     beginnings: tuple[tuple[int, ...], ...]
 
@@ -116,6 +117,7 @@ class Scenario:
             row_error_rate=rng.choice([0.0, 0.01]) if faulty else 0.0,
             step_error_rate=rng.choice([0.0, 0.01, 0.1]) if faulty else 0.0,
             prompt_cache=rng.random() < 0.85,
+            overlapped=rng.random() < 0.6,
             num_salts=rng.choice([1, 1, 2]),
             beginnings=tuple(
                 tuple(rng.randrange(VOCAB) for _ in range(max_own_tokens))
@@ -125,15 +127,37 @@ class Scenario:
 
 
 class _ObservedScheduler(Scheduler):
-    """The real scheduler, keeping the plan of the last step, and what was cached then, for the checks."""
+    """The real scheduler, keeping for the checks the plan of the last step, what was cached then, and what ended in it."""
 
     plan: SchedulerOutput
     cached_block_ids: set[int]
+    num_reused_tokens: dict[Sequence, int]
+    committed: list[SchedulerOutput]
+    broken: list[SchedulerOutput]
+    failed_block_ids: set[int]
 
     def schedule(self, now: float, inbox: object = ()) -> SchedulerOutput:
         self.plan = super().schedule(now, inbox)  # type: ignore[arg-type]
         self.cached_block_ids = self._prompt_cache.block_ids()
+        assert self.failed_block_ids <= {*self.plan.wipe_block_ids}, (
+            "what a row wrote that failed is left"
+        )
+        self.failed_block_ids = set()
+        size = self._blocks.block_size
+        self.num_reused_tokens = {s: len(s.chain.blocks) * size for s in self._running}
         return self.plan
+
+    def commit(self, plan: SchedulerOutput, outcomes: object) -> list[SequenceOutput]:
+        self.committed.append(plan)
+        return super().commit(plan, outcomes)  # type: ignore[arg-type]
+
+    def _end_failed(self, seq: Sequence, error: str) -> SequenceOutput:
+        self.failed_block_ids |= {*seq.block_table[len(seq.chain.blocks) :]}
+        return super()._end_failed(seq, error)
+
+    def fail(self, plan: SchedulerOutput, error: str) -> list[SequenceOutput]:
+        self.broken.append(plan)
+        return super().fail(plan, error)
 
 
 @dataclass(slots=True)
@@ -162,8 +186,15 @@ class World:
             self.prefixes,
             self.prompt_cache,
         )
+        self.scheduler.failed_block_ids = set()
         parts = EngineParts(
-            self.scheduler, self.blocks, self.prefixes, self.prompt_cache, self.runner, 1
+            scheduler=self.scheduler,
+            blocks=self.blocks,
+            prefixes=self.prefixes,
+            prompt_cache=self.prompt_cache,
+            runner=self.runner,
+            block_bytes=1,
+            overlapped=s.overlapped,
         )
         self.core = EngineCore(parts, self._request_prefix, lambda: float(self.now), debug=True)
         self.now = 0
@@ -171,6 +202,7 @@ class World:
         self.num_steps = 0
         self._num_idle = 0
         self._step_broke = False
+        self._num_broken_steps = 0
         self._pins: dict[str, tuple[PrefixRef, float | None]] = {}
         self.seen: Counter[str] = Counter()
         self._faults = True
@@ -304,15 +336,19 @@ class World:
         pinned = {e.ref.digest for e in self.prefixes.entries() if e.pinned}
         order = self.scheduler._order
         before = {seq: (order[seq], seq.num_preemptions) for seq in self.scheduler._running}
-        num_step_errors = self.runner.num_step_errors
+        self.scheduler.committed, self.scheduler.broken = [], []
+        pending = [s for s in order if s.is_pending]
         result = self.core.step(inbox)
-        self._step_broke = self.runner.num_step_errors > num_step_errors
+        self._step_broke = bool(self.scheduler.broken)
+        self._num_broken_steps += len(self.scheduler.broken)
+        assert self._num_broken_steps <= self.runner.num_step_errors, "a step failed by itself"
         self.num_steps += 1
         plan = self.scheduler.plan
         self._check_pins(pinned, inbox, plan)
         self._check_preemptions(before)
         self._check_plan(plan)
-        self._check_failed(plan, result)
+        for committed in self.scheduler.committed:
+            self._check_failed(committed, result)
         for output in result.outputs:
             self._take(output)
         for message in inbox:
@@ -323,6 +359,7 @@ class World:
         # One is fine: a prefix to be warmed that fits nowhere is given up in such a step.
         assert self._num_idle <= 1, "the engine says that it has work and does nothing"
         self._record(plan, result)
+        self._record_overlap(pending, before)
 
     def _check_pins(
         self, before: set[str], inbox: list[Message | PrefixAnswer], plan: SchedulerOutput
@@ -332,15 +369,15 @@ class World:
         answers: list[object] = [answer.value for answer in plan.answers]
         for message in inbox:
             self._follow_order(message, answers)
-        if self._step_broke:
-            self._unpin({load.ref.digest for load in plan.prefix_loads})
+        for broken in self.scheduler.broken:
+            self._unpin({load.ref.digest for load in broken.prefix_loads})
         pinned = {ref.digest for ref, _ in self._pins.values()}
         for digest in before & pinned:
             assert digest in self.prefixes, "a pinned prefix was evicted"
         for entry in self.prefixes.entries():
             assert entry.pinned == (entry.ref.digest in pinned), "a pin was lost or invented"
         resident_or_coming = {e.ref.digest for e in self.prefixes.entries()}
-        resident_or_coming |= self.scheduler._warm.keys()
+        resident_or_coming |= self.scheduler._loads.wished.keys()
         self._unpin(pinned - resident_or_coming)  # these fit nowhere and were given up
 
     def _follow_order(self, message: Message | PrefixAnswer, answers: list[object]) -> None:
@@ -402,23 +439,26 @@ class World:
         assert plan.num_tokens <= s.max_num_batched_tokens
         for row in plan.rows:
             assert row.token_ids, "a row without tokens"
-            known = len(row.sequence.request.prompt_token_ids) + len(row.sequence.output_token_ids)
-            assert row.start + len(row.token_ids) <= known
+            request, end = row.sequence.request, row.start + len(row.token_ids)
+            assert end <= len(request.prompt_token_ids) + len(row.sequence.output_token_ids)
+            assert end < len(request.prompt_token_ids) + request.sampling.max_tokens, "in vain"
             self._check_writes(row)
+        assert not self.scheduler.cached_block_ids & set(plan.wipe_block_ids), (
+            "a shared block is wiped"
+        )
         self._count_reuse(plan)
 
     def _check_writes(self, row: ScheduledRow) -> None:
-        """What the prompt cache holds is never written, nor wiped if the row fails."""
+        """What the prompt cache holds is never written."""
         size = self.scenario.block_size
         written = row.block_ids[row.start // size : -(-(row.start + len(row.token_ids)) // size)]
-        own = row.block_ids[row.num_shared_blocks :]
-        assert not self.scheduler.cached_block_ids & {*written, *own}, "a shared block is written"
+        assert not self.scheduler.cached_block_ids & set(written), "a shared block is written"
 
     def _count_reuse(self, plan: SchedulerOutput) -> None:
         size = self.scenario.block_size
         for row in plan.rows:
             seq, prompt = row.sequence, row.sequence.request.prompt_token_ids
-            if seq.num_preemptions and row.start == row.num_shared_blocks * size > 0:
+            if seq.num_preemptions and row.start == self.scheduler.num_reused_tokens[seq] > 0:
                 self.seen["found again after a preemption"] += len(row.token_ids) > 1
             elif row.start == seq.num_cached_tokens > 0:
                 self.seen["cache hit"] += 1
@@ -503,6 +543,18 @@ class World:
         )
         self.trace = hash((self.trace, self.now, rows, outputs))
 
+    def _record_overlap(
+        self, pending: list[Sequence], before: dict[Sequence, tuple[int, int]]
+    ) -> None:
+        """What happened to sequences of which the step under way had a token to come."""
+        under_way = self.scheduler._under_way
+        rows = {row.sequence for row in under_way.rows} if under_way else set()
+        for seq in pending:
+            ended = seq.status is SequenceStatus.FINISHED
+            self.seen["preempted with a token to come"] += seq.num_preemptions > before[seq][1]
+            self.seen["ended with a row under way"] += ended and seq in rows
+            self.seen["ended by the step under way"] += ended and seq not in rows
+
     def _check_cached_words(self) -> None:
         """Nothing that was freed or wiped is in the cache, also if nobody came to read it."""
         size = self.scenario.block_size
@@ -511,11 +563,12 @@ class World:
             assert not {POISON, WIPED} & set(words), "a cached block is not what was computed"
 
     def _check_rest(self) -> None:
+        assert self._num_broken_steps == self.runner.num_step_errors, "a step failed unnoticed"
         assert self.scheduler.num_running == 0
         assert not self.scheduler._order, "a sequence is left"
         assert not self.scheduler.staged, "a staged prefix is left"
-        assert not self.scheduler._loading, "a load is waited for that was answered"
-        assert not self.scheduler._warm, "a prefix was to be warmed and was forgotten"
+        assert not self.scheduler._loads.loading, "a load is waited for that was answered"
+        assert not self.scheduler._loads.wished, "a prefix was to be warmed and was forgotten"
         assert not self.core._staged, "tensors are left in host memory"
         cached = self.prompt_cache.num_blocks
         assert cached == self.prompt_cache.num_evictable_blocks, (

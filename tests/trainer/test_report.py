@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from reports.html_page import ResultTable, flat
+from reports.plot_style import DARK, PlotsUnavailable
 from tests.trainer.synthetic_run import SyntheticRun
 from trainer import report
 from trainer.doctor import Failure, Finding, Severity
-from trainer.html_page import ResultTable, flat
-from trainer.plot_style import DARK, PlotsUnavailable
 from trainer.plots import CAPTIONS, draw_plots
 from trainer.report import report_html
 
@@ -179,8 +179,8 @@ def test_long_settings_are_cut() -> None:
 def test_without_matplotlib_the_report_says_why_there_are_no_curves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("trainer.plot_style.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PlotsUnavailable, match=r"prefixd\[train\]"):
+    monkeypatch.setattr("reports.plot_style.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PlotsUnavailable, match="pip install matplotlib"):
         draw_plots(RUN.records(), {})
     text = report_html(RUN.records(), {}, [], title="a task")
     assert "plots need matplotlib" in text

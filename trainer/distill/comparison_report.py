@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from trainer.html_page import ResultTable
+from reports.html_page import ResultTable
 from trainer.standard_error import Score
 
 COMPARISON: Final = "comparison.json"

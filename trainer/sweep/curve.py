@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from reports.plot_style import LIGHT, Theme, png, titled
 from trainer.config import LOSS
-from trainer.plot_style import LIGHT, Theme, png, titled
 from trainer.plots import log_scale
 from trainer.sweep.pick import Pick, Summary
 

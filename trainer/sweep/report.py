@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from trainer import html_page as html
+from reports import html_page as html
+from reports.plot_style import DARK, LIGHT, PlotsUnavailable
 from trainer.errors import RunFolderFailed
-from trainer.plot_style import DARK, LIGHT, PlotsUnavailable
 from trainer.run_folder import write_durably
 from trainer.sweep.curve import CAPTION, draw_length_curve
 from trainer.sweep.pick import Pick, Summary

@@ -7,8 +7,8 @@ from typing import Final
 
 from rich.table import Table
 
+from reports.html_page import ResultTable
 from trainer.config import LOSS
-from trainer.html_page import ResultTable
 from trainer.run_state import clock
 from trainer.sweep.pick import OVER_EXAMPLES, MeanScore, Outcome, Pick, Summary
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from server.kvcache.kv_cache import LayerKV
+from server.kvcache.to_device import to_device
 from server.model.attention.base import AttentionParams
 from server.model.forward_batch import ForwardBatch, RowSpan, causal_mask
 
@@ -26,7 +27,7 @@ class ReferenceAttention:
 def attend_row(queries: Tensor, layer: LayerKV, params: AttentionParams, row: RowSpan) -> Tensor:
     """One row of a step's queries [T, Hq, Dk] -> [n, Hq, Dv]."""
     q = queries[row.first : row.first + row.num_tokens]  # [n, Hq, Dk]
-    slots = row.kv_slots.to(queries.device)
+    slots = to_device(row.kv_slots, queries.device)
     mask = causal_mask(row.num_tokens, row.kv_len, params.window, queries.device)
     return attend_exactly(q, layer.keys[slots], layer.values[slots], mask, params)
 

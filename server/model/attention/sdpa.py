@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from server.kvcache.kv_cache import LayerKV
+from server.kvcache.to_device import to_device
 from server.model.attention.base import AttentionParams
 from server.model.attention.reference import ReferenceAttention, attend_row
 from server.model.forward_batch import ForwardBatch, RowSpan, TokenGroup, causal_mask
@@ -71,7 +72,7 @@ def attend_together(
     """All tokens of one row in one call, of a step's queries [T, Hq, D] -> [n, Hq, D]."""
     n, Hq, D = row.num_tokens, *queries.shape[1:]
     H = layer.keys.shape[1]
-    slots = row.kv_slots.to(queries.device)
+    slots = to_device(row.kv_slots, queries.device)
     keys = layer.keys.index_select(0, slots).transpose(0, 1)[None]  # [1, H, L, D]
     values = layer.values.index_select(0, slots).transpose(0, 1)[None]
     q = queries[row.first : row.first + n].view(n, H, Hq // H, D)

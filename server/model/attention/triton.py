@@ -22,6 +22,7 @@ from server.kernels.decode_partials import MAX_HEAD_DIM, decode_partials, rows_p
 from server.kernels.merge_partials import merge_partials
 from server.kernels.work_tables import TableShape, WorkTables, pack
 from server.kvcache.kv_cache import LayerKV
+from server.kvcache.to_device import to_device
 from server.model.attention.base import AttentionParams
 from server.model.attention.sdpa import SdpaAttention, attend_prefill_rows
 from server.model.attention.varlen import attend_ragged, can_attend
@@ -111,7 +112,7 @@ def make_tables(batch: ForwardBatch, kind: TablesKind) -> WorkTables:
     ]
     plan = kind.plan(rows)
     shape = shape_for(plan)
-    return WorkTables.of(pack_plan(plan, shape).to(batch.device), shape)
+    return WorkTables.of(to_device(pack_plan(plan, shape), batch.device), shape)
 
 
 def shape_for(plan: WorkPlan) -> TableShape:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from server.kvcache.kv_cache import LayerKV
+from server.kvcache.to_device import to_device
 from server.model.attention.base import AttentionParams
 from server.model.forward_batch import ForwardBatch
 
@@ -57,8 +58,8 @@ class RaggedRows:
         rows = batch.prefill_rows
         tokens = [torch.arange(row.first, row.first + row.num_tokens) for row in rows]
         return cls(
-            tokens=torch.cat(tokens).to(batch.device),
-            kv_slots=torch.cat([row.kv_slots for row in rows]).to(batch.device),
+            tokens=to_device(torch.cat(tokens), batch.device),
+            kv_slots=to_device(torch.cat([row.kv_slots for row in rows]), batch.device),
             token_offsets=_offsets([row.num_tokens for row in rows], batch.device),
             kv_offsets=_offsets([row.kv_len for row in rows], batch.device),
             max_tokens=max(row.num_tokens for row in rows),
@@ -67,7 +68,7 @@ class RaggedRows:
 
 
 def _offsets(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
 
 
 def can_attend(queries: Tensor, layer: LayerKV, params: AttentionParams) -> bool:

@@ -47,6 +47,16 @@ SCRIPT = "the quick brown fox jumps over the lazy dog. "
 POISON_PROMPT = 299  # a row with this prompt fails; see `ScriptRunner`
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A step that has ended when it was launched."""
+
+    rows: Sequence[RowOutcome]
+
+    def outcomes(self) -> Sequence[RowOutcome]:
+        return self.rows
+
+
 class ScriptRunner:
     """Every sequence says SCRIPT, over and over. `gate` holds steps up; `break_next` makes one raise."""
 
@@ -57,7 +67,7 @@ class ScriptRunner:
         self.break_next = False
         self.step_seconds = 0.0
 
-    def execute(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> Sequence[RowOutcome]:
+    def launch(self, plan: SchedulerOutput, staged: Mapping[str, Prefix]) -> Ended:
         assert self.gate.wait(20), "the test forgot to open the gate"
         time.sleep(self.step_seconds)
         for load in plan.prefix_loads:
@@ -65,16 +75,18 @@ class ScriptRunner:
         if self.break_next and plan.rows:
             self.break_next = False
             raise RuntimeError("the device is on fire")
-        return [
-            RowOutcome(error="a bad row")
-            if POISON_PROMPT in row.sequence.request.prompt_token_ids
-            else RowOutcome(
-                self._script[len(row.sequence.output_token_ids) % len(self._script)]
-                if row.sample
-                else None
-            )
-            for row in plan.rows
-        ]
+        return Ended(
+            [
+                RowOutcome(error="a bad row")
+                if POISON_PROMPT in row.sequence.request.prompt_token_ids
+                else RowOutcome(
+                    self._script[len(row.sequence.output_token_ids) % len(self._script)]
+                    if row.sample
+                    else None
+                )
+                for row in plan.rows
+            ]
+        )
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,24 @@ class Driver:
         )
 
     def step(self, *messages: Message, token: int = TOKEN) -> SchedulerOutput:
+        plan = self.begin(*messages)
+        self.end(plan, token)
+        return plan
+
+    def begin(self, *messages: Message) -> SchedulerOutput:
+        """Up to the launch of a step; another may begin before it ends."""
         self.inbox += messages
         inbox, self.inbox = self.inbox, []
         plan = self.scheduler.schedule(self.now, inbox)
         self.now += 1
+        self.take(self.scheduler.take_ended())
+        self.scheduler.advance(plan)
+        return plan
+
+    def end(self, plan: SchedulerOutput, token: int = TOKEN) -> None:
         outcomes = [RowOutcome(token if row.sample else None) for row in plan.rows]
         self.take(self.scheduler.commit(plan, outcomes))
         self.scheduler.check_invariants()
-        return plan
 
     def take(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
@@ -436,7 +446,7 @@ def test_a_failed_step_ends_its_rows_and_does_not_trust_its_prefixes() -> None:
     driver.add("new", prefix=ref("new"))
     driver.add("far", prefix=ref("far"))
     driver.step()
-    plan = driver.scheduler.schedule(0.0, [PrefixReady("sha256:new", PrefixTier.DISK)])
+    plan = driver.begin(PrefixReady("sha256:new", PrefixTier.DISK))
     assert sorted(ids(plan)) == ["new", "old"]
     driver.take(driver.scheduler.fail(plan, "broken"))
     driver.scheduler.check_invariants()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from server.engine.messages import RowOutcome
 from server.engine.sequence import Sequence
-from server.model.sampler import sample
+from server.model.sampler import next_tokens, outcomes_of
 from server.types import GenerationRequest, SamplingParams
 
 V = 50
@@ -29,6 +29,10 @@ def sequence(
     seq = Sequence(GenerationRequest("r", prompt, sampling), index=0, seed=seed, arrival=0.0)
     seq.output_token_ids = list(output)
     return seq
+
+
+def sample(logits: Tensor, sequences: list[Sequence], eos: frozenset[int]) -> list[RowOutcome]:
+    return outcomes_of(next_tokens(logits, sequences, eos))
 
 
 def one(logits: Tensor, seq: Sequence) -> int:

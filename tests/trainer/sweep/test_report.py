@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from reports.plot_style import DARK, PlotsUnavailable
 from tests.trainer.sweep.sweeps import outcomes, setting
-from trainer.plot_style import DARK, PlotsUnavailable
 from trainer.sweep import report
 from trainer.sweep.curve import draw_length_curve, lines_of
 from trainer.sweep.pick import Summary, pick, summarise

@@ -1,7 +1,7 @@
 """Parts of a report in HTML: one file that opens offline and refers to nothing.
 
-Called by `report` and by the sweep's report. Pure, on any thread. Every text is escaped here, images are part of the
-file, and a policy in its head forbids the browser to fetch anything.
+Called by whoever writes a report. Pure, on any thread. Every text is escaped here, images are part of the file, and a policy in
+its head forbids the browser to fetch anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Final
 
-from trainer.report_style import STYLE
+from reports.style_sheet import STYLE
 
 _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MAX_VALUE: Final = 2_000  # characters of one setting: an initial text may be a document
@@ -27,6 +27,11 @@ class ResultTable:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+    @property
+    def is_number(self) -> tuple[bool, ...]:
+        """Of each column, whether it holds numbers alone."""
+        return tuple(all(map(_is_number, cells)) for cells in zip(*self.rows, strict=True))
 
 
 def page(title: str, body: str) -> str:
@@ -67,10 +72,7 @@ def _data(image: bytes) -> str:
 
 def table(content: ResultTable) -> str:
     """With its note below it."""
-    right = [
-        all(_is_number(row[column]) for row in content.rows)
-        for column in range(len(content.header))
-    ]
+    right = content.is_number or (False,) * len(content.header)
     head = "".join(_cell("th", text, n) for text, n in zip(content.header, right, strict=True))
     rows = "".join(
         f"<tr>{''.join(_cell('td', text, n) for text, n in zip(row, right, strict=True))}</tr>"
@@ -89,8 +91,9 @@ def _cell(tag: str, text: str, is_number: bool) -> str:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it begins like one: `3.1 ± 0.2`, `+4`, `1,200 (best)`; and the empty cell."""
-    return not text or text.lstrip("+-−")[:1].isdigit()
+    """Whether it begins like one: `3.1 ± 0.2`, `+4`, `1,200 (best)`; and the cell that has none, empty or `-`."""
+    digits = text.lstrip("+-−")
+    return not digits or digits[0].isdigit()
 
 
 def settings(config: Mapping[str, Any]) -> str:

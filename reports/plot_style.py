@@ -1,6 +1,6 @@
-"""One look for all plots of a run: sizes, fonts, and colours that differ for colour-blind eyes, on light and dark.
+"""One look for all plots: sizes, fonts, and colours that differ for colour-blind eyes, on light and dark.
 
-Called by `plots` only. Matplotlib is imported here when a figure is made, without pyplot and its global state.
+Called by whoever draws. Matplotlib is imported here when a figure is made, without pyplot and its global state.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from trainer.errors import TrainerError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-class PlotsUnavailable(TrainerError):
+class PlotsUnavailable(Exception):
     """Matplotlib is not installed."""
 
 
@@ -57,10 +55,15 @@ _DPI: Final = 140
 Draw: TypeAlias = "Callable[[Figure, Theme], None]"
 
 
+def require_matplotlib() -> None:
+    """Raises `PlotsUnavailable`."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlotsUnavailable("plots need matplotlib: pip install matplotlib")
+
+
 def png(draw: Draw, height: float, theme: Theme) -> bytes:
     """What `draw` puts on a figure of `height` inches, as PNG. Raises `PlotsUnavailable`."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise PlotsUnavailable("plots need matplotlib: pip install 'prefixd[train]'")
+    require_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
