@@ -16,6 +16,7 @@ from server.errors import InvalidParameter
 
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_TOKEN_IDS: Final = 16
+MAX_TOKENS: Final = 1_000_000
 MAX_N: Final = 4
 MAX_LOGPROBS: Final = 20
 MAX_LOGIT_BIAS: Final = 1024
@@ -73,7 +74,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, 1_000_000)
+        _within("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("top_k", self.top_k, 0, 1_000_000)

@@ -29,12 +29,12 @@ CONFIGURATION = [
 
 MAX_LINES = 350
 LONGER_FOR_A_REASON = {
-    "server/engine/scheduler.py": 520,  # the policy and its invariants are read and judged in one piece
+    "server/engine/scheduler.py": 525,  # the policy and its invariants are read and judged in one piece
     "server/metrics.py": 410,  # every series in one file; a list, not a depth
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
 BUDGET_LINES = {
-    "server": 14_500,
+    "server": 16_000,
     "prefix_store": 4_700,
     "demo": 2_500,
     "converter": 1_300,

@@ -114,6 +114,8 @@ class OutputProcessor:
             prefix_tier=output.prefix_tier,
             timings=self.timings,
             num_cached_tokens=output.num_cached_tokens,
+            logprobs=() if output.logprob is None else (output.logprob,),
+            prompt_logprobs=output.prompt_logprobs,
         )
 
     def fail(self, error: str, reason: FinishReason) -> list[RequestOutput]:

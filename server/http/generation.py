@@ -21,6 +21,7 @@ from server.errors import (
     EngineOverloaded,
     EngineStopped,
     GenerationFailed,
+    InvalidParameter,
     ModelNotFound,
 )
 from server.http.disconnect import unless_gone
@@ -34,8 +35,12 @@ from server.types import (
     PrefixTier,
     RequestOutput,
     RequestTimings,
+    SamplingParams,
     TokenLogprob,
 )
+
+MAX_TOLD: Final = 2**19
+"""Log-probabilities of prompts in one answer: 64 prompts of 4,096 tokens, each with one alternative."""
 
 _REJECTIONS: Final[dict[type[Exception], str]] = {
     EngineOverloaded: "queue_full",
@@ -274,6 +279,7 @@ async def _start(
         logprobs=start.logprobs,
         prompt_logprobs=start.prompt_logprobs,
     )
+    _check_told(prompts, params)
     requests = [
         GenerationRequest(
             request_id=f"{start.request_id}-{number}",
@@ -288,6 +294,19 @@ async def _start(
     ]
     streams = await _submit_all(services.engine, requests)
     return Generation(start, services, streams, params.n, prompts)
+
+
+def _check_told(prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
+    """Each log-probability of a prompt is held from when it is computed until the answer is written."""
+    if params.prompt_logprobs is None:
+        return
+    count = sum(map(len, prompts)) * params.n * (1 + params.prompt_logprobs)
+    if count > MAX_TOLD:
+        raise InvalidParameter(
+            f"logprobs: {count} values for the prompts, at most {MAX_TOLD} at once: send fewer prompts, "
+            "or ask for fewer alternatives",
+            param="logprobs",
+        )
 
 
 async def _submit_all(engine: Engine, requests: Sequence[GenerationRequest]) -> list[OutputStream]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -44,7 +45,10 @@ async def answered(
         await unless_gone(request.receive, generation.collect())
     finally:
         await generation.aclose()
-    return json_response(answer.whole(generation), headers=headers)
+    # In a thread where it may be large: others' streams do not wait for its writing.
+    told = any(choice.prompt_logprobs for choice in generation.choices)
+    whole = await run_in_threadpool(answer.whole, generation) if told else answer.whole(generation)
+    return json_response(whole, headers=headers)
 
 
 def frame(

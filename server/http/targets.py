@@ -18,7 +18,7 @@ from prefix_store.spec import GenerationDefaults, PrefixVersion
 from server.errors import InvalidParameter, ModelNotFound
 from server.http.schemas import SamplingFields
 from server.http.services import Services, request_id_of
-from server.types import PrefixRef, SamplingParams, prefix_ref
+from server.types import MAX_TOKENS, PrefixRef, SamplingParams, prefix_ref
 
 SESSION_HEADER: Final = "x-session-id"
 # Taken as they are; the others need a word of their own.
@@ -143,7 +143,8 @@ def sampling_params(
     if fields.max_tokens is not None:
         values["max_tokens"] = fields.max_tokens
     else:
-        values["max_tokens"] = max(min(tasks.max_tokens or ours.max_tokens or room, room), 1)
+        default = tasks.max_tokens or ours.max_tokens or MAX_TOKENS
+        values["max_tokens"] = max(min(default, room), 1)
     return SamplingParams(**values)
 
 

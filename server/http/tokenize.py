@@ -7,9 +7,11 @@ align their prompts with these; they name no model.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Final
 
 from pydantic import Field
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -60,12 +62,14 @@ async def tokenize(request: Request) -> Response:
         special = body.add_special_tokens is not False
         work = tokenized(services.engine, [prompt], special_tokens=special)
         (tokens,) = await unless_gone(request.receive, work)
-    strings = [services.engine.token_text(token).text for token in tokens]
+    strings = (
+        await run_in_threadpool(_strings, services, tokens) if body.return_token_strs else None
+    )
     answer = {
         "count": len(tokens),
         "max_model_len": max_model_len,
         "tokens": list(tokens),
-        "token_strs": strings if body.return_token_strs else None,
+        "token_strs": strings,
     }
     return json_response(answer)
 
@@ -83,6 +87,11 @@ async def tokenizer_info(request: Request) -> Response:
     """Special tokens, size and chat template."""
     facts = dataclasses.asdict(services_of(request).engine.tokenizer_facts())
     return json_response({"tokenizer_class": facts.pop("name"), **facts})
+
+
+def _strings(services: Services, tokens: Sequence[int]) -> list[str]:
+    """In a thread: the texts of so many tokens may be new to the tokenizer."""
+    return [services.engine.token_text(token).text for token in tokens]
 
 
 def _num_virtual_tokens(services: Services, model: str | None) -> int:

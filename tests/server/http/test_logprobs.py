@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from server.http import generation
 from server.types import GenerationRequest, RequestOutput, TokenLogprob
 from tests.server.http.fakes import FakeEngine, words
 
@@ -193,6 +194,19 @@ def test_a_wish_that_can_not_be_met_is_400(
     response = client.post(path, json=body)
 
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_what_is_told_of_prompts_at_once_is_bounded(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "MAX_TOLD", 24)
+    complete(client, prompt=[[5, 6, 7]] * 2, n=2, logprobs=1, echo=True)
+
+    for more in ({"logprobs": 2}, {"n": 3}, {"prompt": [[5, 6, 7]] * 3}):
+        body = {"model": "org/tiny", "prompt": [[5, 6, 7]] * 2, "n": 2, "logprobs": 1, "echo": True}
+        response = client.post("/v1/completions", json=body | more)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
+    assert len(engine.requests) == 2
 
 
 def test_a_bias_reaches_the_engine_by_token_id(client: TestClient, engine: FakeEngine) -> None:
