@@ -36,11 +36,20 @@ class Tokenizer:
         self._token_texts: dict[int, TokenText] = {}
 
     @classmethod
-    def load(cls, source: str | Path, *, revision: str | None = None) -> Tokenizer:
-        """The tokenizer of a model directory or hub id."""
-        return cls(
-            AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        chat_template: str | None = None,
+    ) -> Tokenizer:
+        """The tokenizer of a model directory or hub id; `chat_template` in place of its own."""
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), revision=revision, trust_remote_code=False
         )
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        return cls(tokenizer)
 
     def fingerprint(self) -> str:
         """Which tokenizer it is, by what it does."""

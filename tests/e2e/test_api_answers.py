@@ -63,8 +63,8 @@ def test_lm_evals_loglikelihoods_are_those_of_the_model(app: RealApp) -> None:
     prompts = [
         post(app, "/tokenize", prompt=text, add_special_tokens=False)["tokens"]
         for text in (
-            "the quick brown fox jumps over the lazy dog",
-            "many tasks, one model. Prefixes are served; many tasks",
+            "the quick brown fox jumps over the lazy dog. " * 3,
+            "many tasks, one model. Prefixes are served; " * 3,
         )
     ]
     assert min(map(len, prompts)) > 16, "longer than a step"

@@ -51,14 +51,20 @@ def check(entries: list[TokenLogprob], tokens: list[int], expected: Tensor, num_
             assert value == pytest.approx(float(row[token_id]), abs=TOLERANCE)
 
 
-def check_request(harness: Harness, module: nn.Module, name: str, prefix: Prefix | None) -> None:
+def check_request(
+    harness: Harness,
+    module: nn.Module,
+    name: str,
+    prefix: Prefix | None,
+    prompt: list[int] = PROMPT,
+) -> None:
     """All that the request was told, of its prompt and of its answer."""
     first, *rest = harness.outputs[name, 0]
     answer = harness.tokens[name, 0]
-    expected = reference(module, PROMPT + answer, prefix)
-    check(list(first.prompt_logprobs), PROMPT[1:], expected[: len(PROMPT) - 1], 2)
+    expected = reference(module, prompt + answer, prefix)
+    check(list(first.prompt_logprobs), prompt[1:], expected[: len(prompt) - 1], 2)
     told = [output.logprob for output in (first, *rest) if output.logprob is not None]
-    check(told, answer, expected[len(PROMPT) - 1 : -1], 3)
+    check(told, answer, expected[len(prompt) - 1 : -1], 3)
     assert all(not output.prompt_logprobs for output in rest), "they are told once"
 
 
@@ -146,13 +152,14 @@ def test_a_preemption_loses_and_repeats_nothing(overlapped: bool) -> None:
     harness = Harness(
         tiny_model("llama"), num_blocks=15, max_num_batched_tokens=32, overlapped=overlapped
     )
-    for name in "ab":
-        harness.add(name, PROMPT, None, asking)
+    prompts = {"a": PROMPT, "b": PROMPT[::-1]}
+    for name, prompt in prompts.items():
+        harness.add(name, prompt, None, asking)
     harness.run()
 
     assert harness.num_preemptions > 0
-    for name in "ab":
-        check_request(harness, module, name, None)
+    for name, prompt in prompts.items():
+        check_request(harness, module, name, None, prompt)
 
 
 def test_a_prompt_of_one_token_has_nothing_to_tell() -> None:
