@@ -104,6 +104,9 @@ class ServeConfig(BaseSettings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
         description="The base model's id in the API; its hub id or folder name if left out",
     )
+    chat_template: Annotated[Path | None, Parameter(group=_MODEL)] = Field(
+        default=None, description="Jinja file that conversations are written in; the model's own"
+    )
     revision: Annotated[str | None, Parameter(group=_MODEL)] = Field(
         default=None, description="Branch, tag or commit of the model"
     )

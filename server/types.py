@@ -14,9 +14,12 @@ from typing import Final
 from prefix_store.spec import PrefixVersion
 from server.errors import InvalidParameter
 
-MAX_STOP_STRINGS: Final = 4
+MAX_STOP_STRINGS: Final = 16
 MAX_STOP_TOKEN_IDS: Final = 16
+MAX_TOKENS: Final = 1_000_000
 MAX_N: Final = 4
+MAX_LOGPROBS: Final = 20
+MAX_LOGIT_BIAS: Final = 1024
 
 
 class FinishReason(StrEnum):
@@ -46,7 +49,9 @@ class SamplingParams:
     """How to choose the next token. Checked on construction; raises `InvalidParameter`.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. `max_tokens` counts
-    generated tokens. `seed` makes a request repeatable whatever its batch mates are.
+    generated tokens. `seed` makes a request repeatable whatever its batch mates are. `skip_special_tokens`:
+    whether these have no text in the answer. `logit_bias`: token id and what is added to its logit. `logprobs`,
+    `prompt_logprobs`: so many of the most probable tokens are told at each place; None: not even the token's own.
     """
 
     max_tokens: int = 16
@@ -62,10 +67,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     n: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, 1_000_000)
+        _within("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("top_k", self.top_k, 0, 1_000_000)
@@ -75,6 +84,14 @@ class SamplingParams:
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("n", self.n, 1, MAX_N)
+        for name in ("logprobs", "prompt_logprobs"):
+            _within(name, getattr(self, name) or 0, 0, MAX_LOGPROBS)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidParameter(
+                f"logit_bias: expected at most {MAX_LOGIT_BIAS} tokens", param="logit_bias"
+            )
+        for _, bias in self.logit_bias:
+            _within("logit_bias", bias, -100.0, 100.0)
         if self.seed is not None:
             _within("seed", self.seed, -(2**63), 2**64 - 1)
         if len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > 128 for s in self.stop):
@@ -106,6 +123,30 @@ def _within(name: str, value: float, low: float, high: float) -> None:
     # `not (low <= value)` also refuses NaN, which `value < low` would let through.
     if not (math.isfinite(value) and low <= value <= high):
         raise InvalidParameter(f"{name}: expected {low} to {high}, got {value}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One token by itself. `text`: as text shows it, where it is half a character as `bytes:\\xe2\\x80`. `raw`: its
+    bytes, None where the tokenizer does not tell. `special`: one that an answer leaves out.
+    """
+
+    text: str
+    raw: bytes | None
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What a client needs to do the tokenizer's work itself; None for what it does not have."""
+
+    name: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: int
+    chat_template: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +205,24 @@ class RequestTimings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable the model found a token, before bias, penalties and temperature. `top`: the most probable
+    tokens with theirs, best first. Natural logarithms, finite.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What one choice of a request gained: `text` and `token_ids` are increments, counts are totals.
 
     `stop_reason`: the stop string or stop token id that ended it. `error`: a sentence, when
     `finish_reason` is ERROR. The last output of each choice carries `finish_reason`. `num_cached_tokens`:
-    of the prompt, that were in the prompt cache.
+    of the prompt, that were in the prompt cache. `logprobs`: of `token_ids`, if they were asked for.
+    `prompt_logprobs`: of all tokens of the prompt but the first, with a choice's first output.
     """
 
     request_id: str
@@ -183,6 +236,8 @@ class RequestOutput:
     prefix_tier: PrefixTier = PrefixTier.NONE
     timings: RequestTimings = RequestTimings()
     num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def generate_with_transformers(
 
 @dataclass
 class Harness:
-    """`finished[(request_id, index)]` and `tokens[...]` fill up as `step` is called."""
+    """`finished[(request_id, index)]`, `tokens[...]` and `outputs[...]` fill up as `step` is called."""
 
     module: nn.Module
     num_blocks: int = 200
@@ -115,6 +115,7 @@ class Harness:
     overlapped: bool = False
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], SequenceOutput] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], list[SequenceOutput]] = field(default_factory=dict)
     prefixes: dict[str, Prefix] = field(default_factory=dict)
     num_preemptions: int = 0
     num_loads: int = 0
@@ -214,6 +215,7 @@ class Harness:
         self.num_evictions += sum(e.kind == "evict" for e in result.stats.events)
         for output in result.outputs:
             key = (output.request_id, output.index)
+            self.outputs.setdefault(key, []).append(output)
             if output.token_id is not None:
                 self.tokens.setdefault(key, []).append(output.token_id)
             if output.finish_reason is not None:

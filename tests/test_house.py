@@ -29,12 +29,12 @@ CONFIGURATION = [
 
 MAX_LINES = 350
 LONGER_FOR_A_REASON = {
-    "server/engine/scheduler.py": 550,  # the policy and its invariants are read and judged in one piece
+    "server/engine/scheduler.py": 575,  # the policy and its invariants are read and judged in one piece
     "server/metrics.py": 410,  # every series in one file; a list, not a depth
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
 BUDGET_LINES = {
-    "server": 15_500,
+    "server": 17_500,
     "prefix_store": 5_400,
     "demo": 2_500,
     "converter": 1_300,

@@ -5,10 +5,11 @@ Called by `AsyncEngine.submit` on the event loop. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.errors import ContextTooLong, InvalidParameter
-from server.types import GenerationRequest
+from server.types import GenerationRequest, PrefixRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +26,24 @@ class EngineLimits:
     vocab_size: int
     max_num_queued: int
 
+    def room(self, prefix: PrefixRef | None, num_prompt_tokens: int) -> int:
+        """The most tokens that an answer to such a prompt may have; 0 or less if there may be none."""
+        virtual = prefix.num_virtual_tokens if prefix else 0
+        blocks = self.pool_blocks - -(-virtual // self.block_size)
+        ends = [self.max_model_len - virtual, blocks * self.block_size]
+        if self.position_limit is not None:
+            ends.append(self.position_limit - (prefix.first_position if prefix else 0))
+        return min(ends) - num_prompt_tokens
+
     def check(self, request: GenerationRequest) -> None:
         """Raises `InvalidParameter` or `ContextTooLong` for a request that could never finish."""
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidParameter("prompt: expected at least one token", param="prompt")
-        _check_token_ids("prompt", prompt, self.vocab_size)
-        _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, self.vocab_size)
+        check_token_ids("prompt", prompt, self.vocab_size)
+        check_token_ids("stop_token_ids", request.sampling.stop_token_ids, self.vocab_size)
+        bias = [token_id for token_id, _ in request.sampling.logit_bias]
+        check_token_ids("logit_bias", bias, self.vocab_size)
         virtual = request.prefix.num_virtual_tokens if request.prefix else 0
         first = request.prefix.first_position if request.prefix else 0
         own = len(prompt) + request.sampling.max_tokens
@@ -55,7 +67,8 @@ class EngineLimits:
             )
 
 
-def _check_token_ids(param: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+def check_token_ids(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raises `InvalidParameter` for the first that the model has no embedding of; `param` names the field."""
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidParameter(

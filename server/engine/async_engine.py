@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from server.engine.admission import EngineLimits
+from server.engine.admission import EngineLimits, check_token_ids
 from server.engine.calls import EngineCall, EngineCalls
 from server.engine.core import EngineCore, EngineParts, StepResult
 from server.engine.inbox import Inbox
@@ -49,6 +49,8 @@ from server.types import (
     RequestOutput,
     RequestStats,
     StepStats,
+    TokenizerFacts,
+    TokenText,
 )
 
 logger = logging.getLogger(__name__)
@@ -152,10 +154,14 @@ class AsyncEngine:
         """Most tokens that prefix, prompt and output may have together."""
         return self._limits.max_model_len
 
-    async def tokenize(self, prompt: str) -> tuple[int, ...]:
+    def room(self, prefix: PrefixRef | None, num_prompt_tokens: int) -> int:
+        """The most tokens that an answer to such a prompt may have; 0 or less if there may be none."""
+        return self._limits.room(prefix, num_prompt_tokens)
+
+    async def tokenize(self, prompt: str, *, special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt, computed off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, self._tokenizer.encode, prompt)
+        encode = functools.partial(self._tokenizer.encode, prompt, special_tokens=special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
 
     async def tokenize_chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
@@ -165,6 +171,20 @@ class AsyncEngine:
             self._tokenizer.encode_chat, messages, add_generation_prompt=add_generation_prompt
         )
         return await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
+
+    async def detokenize(self, token_ids: Sequence[int], param: str) -> str:
+        """The text of tokens, special ones too, made off the event loop. Raises `InvalidParameter` for `param`."""
+        check_token_ids(param, token_ids, self._limits.vocab_size)
+        decode = functools.partial(self._tokenizer.decode, token_ids, special_tokens=True)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, decode)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """One token by itself, as lists of log-probabilities show it."""
+        return self._tokenizer.token_text(token_id)
+
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What a client needs to tokenize by itself."""
+        return self._tokenizer.facts()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`,

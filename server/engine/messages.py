@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from server.engine.sequence import Sequence
 from server.types import (
@@ -18,7 +18,11 @@ from server.types import (
     PinState,
     PrefixRef,
     PrefixTier,
+    TokenLogprob,
 )
+
+MAX_TOLD_TOKENS: Final = 64
+"""Tokens of prompts whose log-probabilities one step may compute: each takes a row of logits, as wide as the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,8 @@ class ScheduledRow:
 
     The runner reads `sequence` for its sampling state only. `sample`: the last of these tokens is the last
     there is, so its logits give the next; it may be `PENDING`. Tables are copies: they stay what they were when planned.
+    `told_token_ids`: tokens of the prompt whose log-probabilities are asked for; the first of them follows own token
+    `told_from`, and the logits of that and of the next ones give them.
     """
 
     sequence: Sequence
@@ -137,6 +143,8 @@ class ScheduledRow:
     first_position: int
     block_ids: tuple[int, ...]
     sample: bool
+    told_from: int = 0
+    told_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +173,14 @@ class SchedulerOutput:
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """What came of one row: the sampled token, nothing (mid-prefill), or why the row failed."""
+    """What came of one row: the sampled token, nothing (mid-prefill), or why the row failed; and the log-probabilities of
+    that token, and of the row's `told_token_ids`.
+    """
 
     token_id: int | None = None
     error: str | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class LaunchedStep(Protocol):
@@ -192,3 +204,5 @@ class SequenceOutput:
     prefix_tier: PrefixTier
     queue_seconds: float | None
     num_cached_tokens: int = 0
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()

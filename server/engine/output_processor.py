@@ -75,7 +75,11 @@ class OutputProcessor:
         for _ in range(sampling.n):
             self._choices.append(
                 _Choice(
-                    Detokenizer(self.tokenizer, self.request.prompt_token_ids),
+                    Detokenizer(
+                        self.tokenizer,
+                        self.request.prompt_token_ids,
+                        special_tokens=not sampling.skip_special_tokens,
+                    ),
                     StopStringMatcher(sampling.stop),
                 )
             )
@@ -110,6 +114,8 @@ class OutputProcessor:
             prefix_tier=output.prefix_tier,
             timings=self.timings,
             num_cached_tokens=output.num_cached_tokens,
+            logprobs=() if output.logprob is None else (output.logprob,),
+            prompt_logprobs=output.prompt_logprobs,
         )
 
     def fail(self, error: str, reason: FinishReason) -> list[RequestOutput]:

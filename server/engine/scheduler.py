@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from server.engine.device_orders import DeviceOrders
@@ -210,13 +210,17 @@ class Scheduler:
                 step.add_row(seq)
 
     def _reuse(self, seq: Sequence) -> int:
-        """Takes what the prompt cache has, but never the last token: its logits are wanted. Returns tokens gained."""
+        """Takes what the prompt cache has of it. Returns tokens gained."""
         size, before = self._blocks.block_size, seq.num_computed_tokens
         leased = self._prompt_cache.reuse(
-            seq.chain, seq.block_table, seq.token_ids, (seq.num_tokens - 1) // size
+            seq.chain, seq.block_table, seq.token_ids, self._num_reusable(seq)
         )
         seq.num_computed_tokens = max(before, leased * size)
         return seq.num_computed_tokens - before
+
+    def _num_reusable(self, seq: Sequence) -> int:
+        """Blocks that may come out of the prompt cache: never the last token's, nor others' whose logits are wanted."""
+        return min(seq.num_tokens - 1, seq.num_told_tokens) // self._blocks.block_size
 
     def _count_hits(self, seq: Sequence, num_asked_tokens: int, num_hit_tokens: int) -> None:
         """What a preempted sequence finds again was computed for itself, and is no hit."""
@@ -285,7 +289,7 @@ class Scheduler:
         """Whether a row of this step, or of the one under way, computes the next block that the sequence would: it has
         it for nothing then.
         """
-        num_blocks = (seq.num_tokens - 1) // self._blocks.block_size
+        num_blocks = self._num_reusable(seq)
         key = self._prompt_cache.missing_key(seq.chain, seq.token_ids, num_blocks)
         under_way = self._under_way.rows if self._under_way else ()
         rows = [r for r in under_way if r.sequence.status is SequenceStatus.RUNNING]
@@ -410,6 +414,7 @@ class Scheduler:
             return None  # aborted meanwhile, or its last token was known only when this step was launched
         if outcome.error is not None:
             return self._end_failed(seq, outcome.error)
+        seq.take_prompt_logprobs(row.told_from, outcome.prompt_logprobs)
         if not row.sample:
             return None
         assert outcome.token_id is not None, "a sampling row has a token or an error"
@@ -424,8 +429,15 @@ class Scheduler:
         self._shares.charge(seq.request, OUTPUT_TOKEN)
         reason = seq.finish_reason(count, self._limits.eos_token_ids)
         if reason is None:
-            return self._output(seq, outcome.token_id)
-        return self._end(seq, reason, token_id=outcome.token_id)
+            output = self._output(seq, outcome.token_id)
+        else:
+            output = self._end(seq, reason, token_id=outcome.token_id)
+        told = tuple(seq.prompt_logprobs) if count == 1 else ()
+        return (
+            replace(output, logprob=outcome.logprob, prompt_logprobs=told)
+            if told or outcome.logprob
+            else output
+        )
 
     def _end_failed(self, seq: Sequence, error: str) -> SequenceOutput:
         """Nobody meets what a failed row has written: its own blocks are wiped.

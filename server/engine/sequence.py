@@ -12,7 +12,7 @@ from typing import Final
 
 from server.kvcache.prompt_cache import BlockChain
 from server.kvcache.resident_prefixes import PrefixLease
-from server.types import FinishReason, GenerationRequest, PrefixTier
+from server.types import FinishReason, GenerationRequest, PrefixTier, TokenLogprob
 
 
 class SequenceStatus(StrEnum):
@@ -47,6 +47,7 @@ class Sequence:
     will be when the steps under way have ended; tokens of the prefix are counted nowhere here.
     `block_table` and `lease` are held exactly while RUNNING; the table begins
     with the blocks that `chain` leases from the prompt cache. `num_cached_tokens`: of the prompt, found there.
+    `prompt_logprobs`: of the prompt's tokens from the second on, as far as they are known, if the request asks for them.
     `seed` is fixed when the request is submitted, so that a recompute samples the same tokens.
     """
 
@@ -64,6 +65,7 @@ class Sequence:
     prefix_tier: PrefixTier | None = None
     first_scheduled: float | None = None
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         ref = self.request.prefix
@@ -105,6 +107,23 @@ class Sequence:
             return tuple(self.output_token_ids[start - len(prompt) : stop - len(prompt)])
         tail = self.output_token_ids[: max(0, stop - len(prompt))]
         return (*prompt[start:stop], *tail)
+
+    @property
+    def num_told_tokens(self) -> int:
+        """Own tokens, from the first on, whose logits are wanted for nothing but their own K/V: no more of them may come
+        out of the prompt cache, which has no logits.
+        """
+        last = len(self.request.prompt_token_ids) - 1
+        if self.request.sampling.prompt_logprobs is None or len(self.prompt_logprobs) == last:
+            return self.num_tokens
+        return len(self.prompt_logprobs)
+
+    def take_prompt_logprobs(self, start: int, entries: tuple[TokenLogprob, ...]) -> None:
+        """Of the tokens that follow own token `start` and the next ones; those that are known, after a preemption, stay."""
+        known = len(self.prompt_logprobs)
+        if entries:
+            assert start <= known, "there is no gap"
+            self.prompt_logprobs += entries[known - start :]
 
     def settle(self, num_tokens: int, token_id: int) -> int:
         """The token behind the first `num_tokens` is known now. Returns how many output tokens there are with it."""

@@ -8,16 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from server.engine.messages import Answer, PrefixLoad, ScheduledRow, SchedulerOutput
+from server.engine.messages import (
+    MAX_TOLD_TOKENS,
+    Answer,
+    PrefixLoad,
+    ScheduledRow,
+    SchedulerOutput,
+)
 from server.engine.sequence import Sequence
 from server.types import PrefixRef
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """`budget`: own tokens that the step can still take. Rows are keyed by sequence: a preemption takes one back."""
+    """`budget`: own tokens that the step can still take; `told_budget`: of prompts whose log-probabilities are asked for. Rows are keyed by sequence: a preemption takes one back."""
 
     budget: int
+    told_budget: int = MAX_TOLD_TOKENS
     rows: dict[Sequence, ScheduledRow] = field(default_factory=dict)
     prefix_requests: list[PrefixRef] = field(default_factory=list)
     prefix_loads: list[PrefixLoad] = field(default_factory=list)
@@ -26,9 +33,18 @@ class StepPlan:
     wipe_block_ids: tuple[int, ...] = ()
 
     def add_row(self, seq: Sequence) -> None:
-        """As many of the sequence's tokens as the budget allows; it has blocks for all of them."""
-        num_tokens = min(seq.num_uncomputed_tokens, self.budget)
-        start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+        """As many of the sequence's tokens as the budgets allow; it has blocks for all of them. None may be allowed."""
+        start = seq.num_computed_tokens
+        told_from = max(start, seq.num_told_tokens)
+        # The token behind the last of these is the prompt's last, or they would be of an answer.
+        end = max(told_from, len(seq.request.prompt_token_ids) - 1)
+        stop = min(seq.num_tokens, start + self.budget)
+        if stop > told_from and end > told_from:
+            stop = min(stop, told_from + self.told_budget)
+        if stop == start:
+            return
+        num_tokens, told_to = stop - start, max(told_from, min(stop, end))
+        self.told_budget -= told_to - told_from
         prefix = seq.request.prefix
         self.rows[seq] = ScheduledRow(
             sequence=seq,
@@ -39,6 +55,8 @@ class StepPlan:
             first_position=prefix.first_position if prefix else 0,
             block_ids=tuple(seq.block_table),
             sample=stop == seq.num_tokens,
+            told_from=told_from,
+            told_token_ids=seq.request.prompt_token_ids[told_from + 1 : told_to + 1],
         )
         self.budget -= num_tokens
 
@@ -47,6 +65,7 @@ class StepPlan:
         row = self.rows.pop(seq, None)
         if row is not None:
             self.budget += len(row.token_ids)
+            self.told_budget += len(row.told_token_ids)
 
     def finished_plan(self) -> SchedulerOutput:
         """What the runner is given."""

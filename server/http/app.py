@@ -14,6 +14,7 @@ from starlette.responses import Response
 from server.engine.intake import MAX_PROVING
 from server.http import error_responses
 from server.http.gate import Gate
+from server.http.openapi import body_schema
 from server.http.routes import OPENAPI_PATH, ROUTES, Route
 from server.http.services import Lifecycle, Services
 from server.http.tokenizing import TokenizerQueue
@@ -52,8 +53,7 @@ def create_app(
 def _register(app: FastAPI, route: Route) -> None:
     extra: dict[str, Any] = {}
     if route.body is not None:
-        schema = route.body.model_json_schema()
-        content = {"application/json": {"schema": schema}}
+        content = {"application/json": {"schema": body_schema(route.body)}}
         extra["requestBody"] = {"required": True, "content": content}
     app.add_api_route(
         route.path,

@@ -1,4 +1,4 @@
-"""Exceptions to answers: OpenAI's error object, and problem+json (RFC 9457) under `/admin`.
+"""Exceptions to answers: OpenAI's error object, problem+json (RFC 9457) under `/admin`, TGI's where only its clients call.
 
 Runs on the event loop; `install` gives the handlers to the app. Clients that speak OpenAI's protocol show
 the message only if it is in `{"error": {"message"}}`, so no other shape may leave the other routes.
@@ -21,6 +21,7 @@ from server.errors import PrefixdError
 from server.http.errors import ErrorKind, NotAuthenticated, kind_of, message_of
 from server.http.json_text import json_bytes
 from server.http.services import request_id_of
+from server.http.tgi_errors import TGI_PATHS, tgi_error_response
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def error_object(error: Exception, request_id: str) -> dict[str, Any]:
 
 def error_response(error: Exception, path: str, request_id: str) -> Response:
     """The whole answer for `error`, in the shape that belongs to `path`."""
+    if path in TGI_PATHS:
+        return tgi_error_response(error, request_id)
     kind = kind_of(error)
     message = message_of(error, request_id)
     headers = {} if kind.retry_after is None else {"retry-after": str(kind.retry_after)}
@@ -77,6 +80,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if path.startswith(_ADMIN):
         problem = _problem(kind, message, request_id)
         return _json(problem, kind.status, headers, "application/problem+json")
+    if path in TGI_PATHS:
+        body = {"error": message, "error_type": "validation"}
+        return _json(body, kind.status, headers, "application/json")
     return _json(_openai(kind, message, None), kind.status, headers, "application/json")
 
 

@@ -1,6 +1,6 @@
 """`POST /generate`: the native route, one prompt for one task, all that we know in the answer.
 
-Runs on the event loop.
+Runs on the event loop. A body with `inputs` is one of TGI's, which has a route of that name: it gets an answer of TGI's.
 """
 
 from __future__ import annotations
@@ -16,33 +16,39 @@ from server.http.disconnect import unless_gone
 from server.http.generation import Choice, Generation, Start, start_generation
 from server.http.json_body import read_object, validated
 from server.http.json_text import json_response
-from server.http.schemas import GenerateRequest, refuse_unsupported
+from server.http.openai_answer import answer_headers
+from server.http.schemas import GenerateRequest
 from server.http.services import request_id_of, services_of
 from server.http.sse import Events, event, open_stream
 from server.http.targets import find_target, session_key
+from server.http.tgi import answer_tgi
+from server.http.unsupported import NOT_IN_GENERATE, refuse_unsupported
 
 
 async def generate(request: Request) -> Response:
     """Continues a prompt with a task's prefix, at once or as a stream."""
     services = services_of(request)
     value = await read_object(request, services.max_body_bytes)
-    refuse_unsupported(value)
+    if "inputs" in value:
+        return await answer_tgi(request, value)
+    refuse_unsupported(value, NOT_IN_GENERATE)
     body = validated(GenerateRequest, value)
     key = session_key(request, body.user)
     target = find_target(services, body.task, "task", key)
     request_id = request_id_of(request)
     start = Start(request_id, "generate", target, body, [_prompt(body)])
     generation = await start_generation(request, start)
+    headers = answer_headers(services, target)
     with_ids = bool(body.return_token_ids)
     if body.stream:
         events = _events(request_id, generation, with_ids)
-        return await open_stream(request, events, generation.aclose, target.headers())
+        return await open_stream(request, events, generation.aclose, headers)
     try:
         await unless_gone(request.receive, generation.collect())
     finally:
         await generation.aclose()
     answer = _whole(request_id, generation, with_ids)
-    return json_response(answer, headers=target.headers())
+    return json_response(answer, headers=headers)
 
 
 def _prompt(body: GenerateRequest) -> str | tuple[int, ...]:

@@ -1,6 +1,6 @@
 """One HTTP request under way: its prompts are in the engine, its choices come back here.
 
-Runs on the event loop; used by `completions` and `generate`, which only differ in the words of the answer.
+Runs on the event loop; used by `completions`, `chat`, `generate` and `tgi`, which only differ in the words of the answer.
 Whoever starts a `Generation` must `aclose` it: that is what frees the engine when a client leaves.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from starlette.concurrency import run_in_threadpool
@@ -21,15 +21,27 @@ from server.errors import (
     EngineOverloaded,
     EngineStopped,
     GenerationFailed,
+    InvalidParameter,
     ModelNotFound,
 )
 from server.http.caller import caller_of
 from server.http.disconnect import unless_gone
 from server.http.schemas import SamplingFields
 from server.http.services import Engine, OutputStream, Services, services_of
-from server.http.targets import Target, sampling_params
-from server.http.tokenizing import tokenized, tokenizer_queue_of
-from server.types import FinishReason, GenerationRequest, PrefixTier, RequestOutput, RequestTimings
+from server.http.targets import Defaults, Target, sampling_params
+from server.http.tokenizing import Prompt, tokenized, tokenizer_queue_of
+from server.types import (
+    FinishReason,
+    GenerationRequest,
+    PrefixTier,
+    RequestOutput,
+    RequestTimings,
+    SamplingParams,
+    TokenLogprob,
+)
+
+MAX_TOLD: Final = 2**19
+"""Log-probabilities of prompts in one answer: 64 prompts of 4,096 tokens, each with one alternative."""
 
 _REJECTIONS: Final[dict[type[Exception], str]] = {
     EngineOverloaded: "queue_full",
@@ -48,12 +60,16 @@ class Choice:
     num_output_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def take(self, output: RequestOutput) -> None:
         """Adds an increment."""
         self.text += output.text
         self.token_ids.extend(output.token_ids)
         self.num_output_tokens = output.num_output_tokens
+        self.logprobs.extend(output.logprobs)
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason.value
             self.stop_reason = output.stop_reason
@@ -68,18 +84,24 @@ class Generation:
         services: Services,
         streams: Sequence[OutputStream],
         n: int,
-        num_prompt_tokens: int,
+        prompts: Sequence[tuple[int, ...]],
     ) -> None:
         self.target = start.target
+        self.prompts = prompts
         self._services = services
         self._released = False
-        self.num_prompt_tokens = num_prompt_tokens
+        self._silent = start.silent
         self.choices = [Choice(index) for index in range(len(streams) * n)]
         self.timings = RequestTimings()
         self.prefix_tier = PrefixTier.NONE
         self._num_cached = [0] * len(streams)
         self._streams = streams
         self._n = n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts; those of the prefix are no prompt."""
+        return sum(map(len, self.prompts))
 
     @property
     def num_output_tokens(self) -> int:
@@ -98,16 +120,20 @@ class Generation:
         """Whether every choice has ended."""
         return all(choice.finish_reason is not None for choice in self.choices)
 
+    def prompt_of(self, choice: Choice) -> int:
+        """The number of the prompt that a choice continues."""
+        return choice.index // self._n
+
     async def outputs(self) -> AsyncGenerator[tuple[Choice, RequestOutput], None]:
         """Each increment, with the choice that has taken it. Raises `GenerationFailed`, `EngineStopped`."""
         if len(self._streams) > 1:
             async with contextlib.aclosing(_merged(self._streams)) as merged:
                 async for number, output in merged:
-                    yield self._take(number, output), output
+                    yield self._take(number, output)
             return
         # One prompt is the usual case, and a task for each token would cost more than the rest of this layer.
         while (gained := await _next(self._streams[0])) is not None:
-            yield self._take(0, gained), gained
+            yield self._take(0, gained)
 
     async def collect(self) -> list[Choice]:
         """Waits for all choices. Raises as `outputs` does."""
@@ -123,20 +149,36 @@ class Generation:
             self._released = True
             await let_go(self._services, self.target)
 
-    def _take(self, number: int, output: RequestOutput) -> Choice:
+    def _take(self, number: int, output: RequestOutput) -> tuple[Choice, RequestOutput]:
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error or "the request failed while it ran")
         if output.finish_reason is FinishReason.ABORT:
             raise EngineStopped(output.error or "the request was ended; try again")
         if output.finish_reason is FinishReason.PREFIX_UNAVAILABLE:
             raise PrefixUnavailable(output.error or "the prefix of this task can not be loaded")
+        if self._silent:
+            output = _without_tokens(output)
         choice = self.choices[number * self._n + output.index]
         choice.take(output)
         if output.index == 0:
             self._num_cached[number] = output.num_cached_tokens
         self.timings = output.timings
         self.prefix_tier = output.prefix_tier
-        return choice
+        return choice, output
+
+
+def _without_tokens(output: RequestOutput) -> RequestOutput:
+    """What a request for no tokens gains: the engine samples one, which costs nothing beside the prompt."""
+    reason = output.finish_reason and FinishReason.LENGTH
+    return replace(
+        output,
+        text="",
+        token_ids=(),
+        num_output_tokens=0,
+        finish_reason=reason,
+        stop_reason=None,
+        logprobs=(),
+    )
 
 
 async def _merged(
@@ -169,13 +211,22 @@ async def _next(stream: OutputStream) -> RequestOutput | None:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What `start_generation` needs of a request, in the words of no particular API."""
+    """What `start_generation` needs of a request, in the words of no particular API.
+
+    `silent`: nothing of what is generated is wanted, only what came of the prompt. `logprobs`, `prompt_logprobs`: as
+    in `SamplingParams`. `truncate`: so many tokens of a prompt's end are used.
+    """
 
     request_id: str
     endpoint: str
     target: Target
     fields: SamplingFields
-    prompts: Sequence[str | tuple[int, ...]]
+    prompts: Sequence[Prompt]
+    defaults: Defaults = field(default_factory=Defaults)
+    silent: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    truncate: int | None = None
 
 
 async def start_generation(request: Request, start: Start) -> Generation:
@@ -194,8 +245,11 @@ async def start_generation(request: Request, start: Start) -> Generation:
     try:
         with _counted_rejections(services, start):
             with tokenizer_queue_of(request).room_for(start.prompts):
-                encoded = tokenized(services.engine, start.prompts)
+                special = start.fields.add_special_tokens is not False
+                encoded = tokenized(services.engine, start.prompts, special_tokens=special)
                 prompts = await unless_gone(request.receive, encoded)
+            if start.truncate is not None:
+                prompts = [prompt[-start.truncate :] for prompt in prompts]
             return await _start(services, caller_of(request).tenant, start, prompts)
     except BaseException:
         await let_go(services, start.target)
@@ -220,8 +274,13 @@ async def _start(
     services: Services, tenant: str, start: Start, prompts: Sequence[tuple[int, ...]]
 ) -> Generation:
     longest = max(len(prompt) for prompt in prompts)
-    room = services.engine.max_model_len - start.target.num_virtual_tokens - longest
-    params = sampling_params(start.fields, start.target, room)
+    room = services.engine.room(start.target.prefix, longest)
+    params = replace(
+        sampling_params(start.fields, start.target, room, start.defaults),
+        logprobs=start.logprobs,
+        prompt_logprobs=start.prompt_logprobs,
+    )
+    _check_told(prompts, params)
     requests = [
         GenerationRequest(
             request_id=f"{start.request_id}-{number}",
@@ -237,7 +296,20 @@ async def _start(
         for number, prompt in enumerate(prompts)
     ]
     streams = await _submit_all(services.engine, requests)
-    return Generation(start, services, streams, params.n, sum(map(len, prompts)))
+    return Generation(start, services, streams, params.n, prompts)
+
+
+def _check_told(prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
+    """Each log-probability of a prompt is held from when it is computed until the answer is written."""
+    if params.prompt_logprobs is None:
+        return
+    count = sum(map(len, prompts)) * params.n * (1 + params.prompt_logprobs)
+    if count > MAX_TOLD:
+        raise InvalidParameter(
+            f"logprobs: {count} values for the prompts, at most {MAX_TOLD} at once: send fewer prompts, "
+            "or ask for fewer alternatives",
+            param="logprobs",
+        )
 
 
 async def _submit_all(engine: Engine, requests: Sequence[GenerationRequest]) -> list[OutputStream]:

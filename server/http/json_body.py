@@ -61,11 +61,11 @@ def validated(model: type[M], value: dict[str, Any]) -> M:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = str(fault["loc"][0])
+    where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "missing":
-        raise InvalidParameter(f"{name}: required", param=name)
+        raise InvalidParameter(f"{where}: required", param=name)
     if name in _EXPECTED:  # a union's own faults are one per member
         raise InvalidParameter(f"{name}: {_EXPECTED[name]}", param=name)
-    where = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Input should be ")
     raise InvalidParameter(f"{where}: expected {message}", param=name)
 

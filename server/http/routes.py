@@ -32,6 +32,8 @@ from server.http.admin_keys import (
 )
 from server.http.admin_upload import put_task
 from server.http.admin_versions import get_version, list_versions
+from server.http.chat import create_chat_completion
+from server.http.chat_schemas import ChatRequest
 from server.http.completions import create_completion
 from server.http.generate import generate
 from server.http.models import get_model, list_models
@@ -42,6 +44,15 @@ from server.http.schemas import (
     GenerateRequest,
     PinRequest,
     WarmRequest,
+)
+from server.http.tgi import generate_at_root, generate_stream, info
+from server.http.tgi_schemas import TgiRequest
+from server.http.tokenize import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    tokenizer_info,
 )
 
 Endpoint = Callable[..., Coroutine[Any, Any, Response]]
@@ -81,9 +92,16 @@ _CONTENT: Final = f"{_TASK}/versions/{{version}}/content"
 
 ROUTES: Final = (
     Route("POST", "/generate", generate, Scope.INFER, GenerateRequest),
+    Route("POST", "/generate_stream", generate_stream, Scope.INFER, TgiRequest),
+    Route("POST", "/", generate_at_root, Scope.INFER, TgiRequest),
+    Route("GET", "/info", info, Scope.INFER),
     Route("POST", "/v1/completions", create_completion, Scope.INFER, CompletionRequest),
+    Route("POST", "/v1/chat/completions", create_chat_completion, Scope.INFER, ChatRequest),
     Route("GET", "/v1/models", list_models, Scope.INFER),
     Route("GET", "/v1/models/{model_id:path}", get_model, Scope.INFER),
+    Route("POST", "/tokenize", tokenize, Scope.INFER, TokenizeRequest),
+    Route("POST", "/detokenize", detokenize, Scope.INFER, DetokenizeRequest),
+    Route("GET", "/tokenizer_info", tokenizer_info, Scope.INFER),
     Route("GET", "/admin/v1/tasks", list_tasks, Scope.ADMIN),
     Route("GET", _TASK, get_task, Scope.ADMIN),
     Route("PUT", _TASK, put_task, Scope.ADMIN, action="upload"),
@@ -112,6 +130,7 @@ ROUTES: Final = (
     Route("GET", "/metrics", metrics, Scope.METRICS),
     Route("GET", "/healthz", healthz, Scope.PUBLIC),
     Route("GET", "/health", healthz, Scope.PUBLIC),
+    Route("GET", "/ping", healthz, Scope.PUBLIC),
     Route("GET", "/readyz", readyz, Scope.PUBLIC),
 )
 

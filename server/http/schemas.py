@@ -1,48 +1,52 @@
 """The bodies that clients send, as pydantic models; nothing pydantic goes further down.
 
 Null means absent everywhere: LangChain and vllm bench send nulls. Unknown fields are ignored, as OpenAI
-does, but a field whose effect we know and do not offer is refused: an answer that silently lacks it (no
-JSON schema applied, no log-probabilities) would be worse than an error. Ranges are checked once, by
-`server.types.SamplingParams`.
+does; `server.http.unsupported` has those that are not. Ranges are checked once, by `server.types.SamplingParams`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.errors import InvalidParameter
 
 MAX_PROMPTS: Final = 64
 
 # Bounds that no valid value reaches, so that arithmetic further down can not overflow.
-_Int: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Int: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 _TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds: TypeAlias = list[_TokenId]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Null is absent, what is not known is ignored, and nothing is converted."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-class SamplingFields(_Body):
+class SamplingFields(Body):
     """The fields that become `SamplingParams`, by its names; None: the task's default, else ours."""
 
-    max_tokens: _Int | None = None
-    min_tokens: _Int | None = None
+    max_tokens: Int | None = None
+    min_tokens: Int | None = None
     temperature: float | None = None
-    top_k: _Int | None = None
+    top_k: Int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: _Int | None = None
+    seed: Int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[_TokenId] | None = None
     ignore_eos: bool | None = None
-    n: _Int | None = None
+    skip_special_tokens: bool | None = None
+    n: Int | None = None
+    logit_bias: dict[str, float] | None = Field(
+        default=None, description="Token id -> what is added to its logit, -100 to 100"
+    )
 
     user: str | None = None
     cache_salt: Annotated[str, Field(max_length=128)] | None = Field(
@@ -50,6 +54,9 @@ class SamplingFields(_Body):
     )
     stream: bool | None = None
     return_token_ids: bool | None = None
+    add_special_tokens: bool | None = Field(
+        default=None, description="Whether the tokenizer adds its own (BOS) to a text; it does"
+    )
 
 
 class GenerateRequest(SamplingFields):
@@ -59,23 +66,28 @@ class GenerateRequest(SamplingFields):
     prompt: str | TokenIds | None = Field(default=None, description="Text, or token ids")
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """OpenAI's `stream_options`."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-# Inline: a reference would point out of the body's schema in the OpenAPI document.
-_INLINE: Final = WithJsonSchema(StreamOptions.model_json_schema())
-
-
-class CompletionRequest(SamplingFields):
-    """`POST /v1/completions`, as OpenAI defines it, with vLLM's extra fields."""
+class OpenAIFields(SamplingFields):
+    """What OpenAI's requests for completions and chats have in common."""
 
     model: str | None = Field(default=None, description="A task, task@v3, or the base model's id")
+    stream_options: StreamOptions | None = None
+
+
+class CompletionRequest(OpenAIFields):
+    """`POST /v1/completions`, as OpenAI defines it, with vLLM's extra fields."""
+
     prompt: str | list[str] | TokenIds | list[TokenIds] | None = None
-    stream_options: Annotated[StreamOptions | None, _INLINE] = None
+    echo: bool | None = Field(default=None, description="Begin the answer with the prompt")
+    logprobs: Int | None = Field(
+        default=None, description="So many of the most probable tokens at each place; 0 for none"
+    )
 
     def prompts(self) -> list[str | tuple[int, ...]]:
         """Each prompt, as text or as token ids. Raises `InvalidParameter`."""
@@ -98,60 +110,20 @@ def _tokens(item: int | TokenIds) -> tuple[int, ...]:
     return tuple(item)
 
 
-class AliasRequest(_Body):
+class AliasRequest(Body):
     """`PUT .../aliases/{alias}`: where it points. `weight`: the canary's share, 0 if left out."""
 
     version: Annotated[int, Field(ge=1, lt=10**9)]
     weight: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
-class PinRequest(_Body):
+class PinRequest(Body):
     """`POST .../pin`; without a TTL the pin stays until it is lifted or the server restarts."""
 
     ttl_seconds: Annotated[float, Field(gt=0, le=366 * 86_400)] | None = None
 
 
-class WarmRequest(_Body):
+class WarmRequest(Body):
     """`POST .../warm`; the live version if none is named."""
 
     version: Annotated[int, Field(ge=1, lt=10**9)] | None = None
-
-
-# Field -> the values that ask for nothing. Compared with type, because 0 == False.
-_NOT_OFFERED: Final[dict[str, tuple[Any, ...]]] = {
-    "allowed_token_ids": ([],),
-    "add_special_tokens": (True,),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "echo": (False,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
-    "logits_processors": ([],),
-    "logprobs": (False,),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
-
-
-def refuse_unsupported(body: dict[str, Any]) -> None:
-    """Raises `InvalidParameter` for a field whose effect this server does not have."""
-    for name, neutral in _NOT_OFFERED.items():
-        value = body.get(name)
-        if value is None or any(type(value) is type(v) and value == v for v in neutral):
-            continue
-        if name == "best_of" and value == body.get("n"):
-            continue  # as many tries as answers: nothing to choose from
-        raise InvalidParameter(f"{name}: not supported by this server; leave it out", param=name)

@@ -13,7 +13,15 @@ from prefix_store.key_store import KeyStore
 from server.engine.intake import Intake
 from server.http.visible_store import VisibleStore
 from server.metrics import Metrics
-from server.types import DeviceReport, GenerationRequest, PinState, PrefixRef, RequestOutput
+from server.types import (
+    DeviceReport,
+    GenerationRequest,
+    PinState,
+    PrefixRef,
+    RequestOutput,
+    TokenizerFacts,
+    TokenText,
+)
 
 
 class OutputStream(Protocol):
@@ -43,11 +51,19 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
-    async def tokenize(self, prompt: str) -> tuple[int, ...]: ...
+    def room(self, prefix: PrefixRef | None, num_prompt_tokens: int) -> int: ...
+
+    async def tokenize(self, prompt: str, *, special_tokens: bool = True) -> tuple[int, ...]: ...
 
     async def tokenize_chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
     ) -> tuple[int, ...]: ...
+
+    async def detokenize(self, token_ids: Sequence[int], param: str) -> str: ...
+
+    def token_text(self, token_id: int) -> TokenText: ...
+
+    def tokenizer_facts(self) -> TokenizerFacts: ...
 
     def submit(self, request: GenerationRequest) -> OutputStream: ...
 

@@ -1,4 +1,4 @@
-"""Server-sent events: `data:` lines, an error as the last event but one, `[DONE]` always the last.
+"""Server-sent events: `data:` lines, an error as the last event but one, `[DONE]` the last where an API has it.
 
 Runs on the event loop. FastAPI's own event response is not used: it sends keep-alive comments, which make
 `vllm bench serve` drop every request.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
@@ -27,6 +28,16 @@ DONE: Final = b"data: [DONE]\n\n"
 STALL_SECONDS: Final = 30.0
 """A reader that takes nothing for this long loses its stream, so that its request frees its blocks."""
 
+
+@dataclass(frozen=True, slots=True)
+class StreamStyle:
+    """How a stream tells of an error once its status is gone, and what its last bytes are."""
+
+    error_object: Callable[[Exception, str], dict[str, Any]]
+    end: bytes
+
+
+_OPENAI: Final = StreamStyle(error_object, DONE)
 _HEADERS: Final = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 Events = AsyncGenerator[bytes, None]
 
@@ -49,6 +60,7 @@ class EventStream(Response):
         *,
         request_id: str,
         headers: Mapping[str, str],
+        style: StreamStyle,
     ) -> None:
         super().__init__(None, 200, {**_HEADERS, **headers})
         del self.headers["content-length"]
@@ -56,6 +68,7 @@ class EventStream(Response):
         self._events = events
         self._close = close
         self._request_id = request_id
+        self._style = style
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         try:
@@ -79,13 +92,16 @@ class EventStream(Response):
             async for data in self._events:
                 await _send(send, data)
         except PrefixdError as error:
-            await _send(send, event(error_object(error, self._request_id)))
+            await _send(send, self._event_of(error))
         except (ClientDisconnect, TimeoutError):
             raise
         except Exception as error:  # the status line is gone: this is the only way left to tell
             logger.exception("request %s failed in its stream", self._request_id)
-            await _send(send, event(error_object(error, self._request_id)))
-        await _send(send, DONE, more=False)
+            await _send(send, self._event_of(error))
+        await _send(send, self._style.end, more=False)
+
+    def _event_of(self, error: Exception) -> bytes:
+        return event(self._style.error_object(error, self._request_id))
 
 
 async def _send(send: Send, data: bytes, *, more: bool = True) -> None:
@@ -98,6 +114,7 @@ async def open_stream(
     events: Events,
     close: Callable[[], Awaitable[None]],
     headers: Mapping[str, str],
+    style: StreamStyle = _OPENAI,
 ) -> EventStream:
     """The answer to `request`, once there is a first event: a failure before it still has a status."""
     try:
@@ -106,7 +123,9 @@ async def open_stream(
         await events.aclose()
         await close()
         raise
-    return EventStream(first, events, close, request_id=request_id_of(request), headers=headers)
+    return EventStream(
+        first, events, close, request_id=request_id_of(request), headers=headers, style=style
+    )
 
 
 async def _first_of(events: Events) -> bytes:

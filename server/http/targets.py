@@ -5,6 +5,7 @@ Runs on the event loop: the catalog is in memory. Called by `server.http.generat
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,24 +18,24 @@ from prefix_store.spec import GenerationDefaults, PrefixVersion
 from server.errors import InvalidParameter, ModelNotFound
 from server.http.schemas import SamplingFields
 from server.http.services import Services, request_id_of
-from server.types import PrefixRef, SamplingParams, prefix_ref
+from server.types import MAX_TOKENS, PrefixRef, SamplingParams, prefix_ref
 
 SESSION_HEADER: Final = "x-session-id"
-_OUR_MAX_TOKENS: Final = SamplingParams().max_tokens
+# Taken as they are; the others need a word of their own.
 _SAMPLING_NAMES: Final = tuple(
-    name
-    for name in SamplingFields.model_fields
-    if name
-    not in (
-        "user",
-        "cache_salt",
-        "stream",
-        "return_token_ids",
-        "stop",
-        "stop_token_ids",
-        "max_tokens",
-    )
+    spec.name
+    for spec in dataclasses.fields(SamplingParams)
+    if spec.name in SamplingFields.model_fields
+    and spec.name not in ("stop", "stop_token_ids", "logit_bias", "max_tokens", "temperature")
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What an API takes where request and task are silent. `max_tokens` None: all that there is room for."""
+
+    max_tokens: int | None = SamplingParams().max_tokens
+    temperature: float = SamplingParams().temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +123,36 @@ def _not_found(services: Services, name: str) -> str:
     return f"there is no task {shown!r}{hint}"
 
 
-def sampling_params(fields: SamplingFields, target: Target, room: int) -> SamplingParams:
-    """The request's values over the task's defaults over ours. Raises `InvalidParameter`.
+def sampling_params(
+    fields: SamplingFields, target: Target, room: int, ours: Defaults
+) -> SamplingParams:
+    """The request's values over the task's defaults over `ours`. Raises `InvalidParameter`.
 
     `room`: tokens that still fit; a default of `max_tokens` is cut to it, an explicit one is not.
     """
-    defaults = target.version.manifest.generation if target.version else GenerationDefaults()
+    tasks = target.version.manifest.generation if target.version else GenerationDefaults()
     values: dict[str, Any] = {}
-    for name in _SAMPLING_NAMES:
+    for name in (*_SAMPLING_NAMES, "temperature"):
         value = getattr(fields, name)
-        value = getattr(defaults, name, None) if value is None else value
+        value = getattr(tasks, name, None) if value is None else value
         if value is not None:
             values[name] = value
-    stop = list(defaults.stop) if fields.stop is None else fields.stop
+    values.setdefault("temperature", ours.temperature)
+    stop = list(tasks.stop) if fields.stop is None else fields.stop
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(fields.stop_token_ids or ())
+    values["logit_bias"] = _logit_bias(fields.logit_bias or {})
     if fields.max_tokens is not None:
         values["max_tokens"] = fields.max_tokens
     else:
-        values["max_tokens"] = max(min(defaults.max_tokens or _OUR_MAX_TOKENS, room), 1)
+        default = tasks.max_tokens or ours.max_tokens or MAX_TOKENS
+        values["max_tokens"] = max(min(default, room), 1)
     return SamplingParams(**values)
+
+
+def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """JSON has texts for keys."""
+    for key in given:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise InvalidParameter("logit_bias: expected token ids as keys", param="logit_bias")
+    return tuple((int(key), bias) for key, bias in given.items())

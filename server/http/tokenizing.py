@@ -8,8 +8,9 @@ up in front of the tokenizer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
 
 from starlette.requests import Request
 
@@ -20,6 +21,21 @@ MAX_WAITING_CHARS: Final = 2**23
 """Characters, because they are what costs: a burst of 4,000 short prompts fits, and 8 bodies of 1 MiB."""
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The turns of a chat, each `role` and `content`, to be written in the model's chat template."""
+
+    messages: tuple[Mapping[str, str], ...]
+    add_generation_prompt: bool = True
+
+    def __len__(self) -> int:
+        """Its characters, near enough."""
+        return sum(len(message["content"]) for message in self.messages)
+
+
+Prompt: TypeAlias = str | tuple[int, ...] | Conversation
+
+
 class TokenizerQueue:
     """The characters that wait for the tokenizer. One per app."""
 
@@ -27,9 +43,9 @@ class TokenizerQueue:
         self._num_chars = 0
 
     @contextlib.contextmanager
-    def room_for(self, prompts: Sequence[str | tuple[int, ...]]) -> Iterator[None]:
+    def room_for(self, prompts: Sequence[Prompt]) -> Iterator[None]:
         """Held while `prompts` are encoded. Raises `EngineOverloaded`; never if nothing else waits."""
-        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        size = sum(len(prompt) for prompt in prompts if not isinstance(prompt, tuple))
         if size and self._num_chars and self._num_chars + size > MAX_WAITING_CHARS:
             raise EngineOverloaded("too many prompts wait for the tokenizer; try again later")
         self._num_chars += size
@@ -40,12 +56,20 @@ class TokenizerQueue:
 
 
 async def tokenized(
-    engine: Engine, prompts: Sequence[str | tuple[int, ...]]
+    engine: Engine, prompts: Sequence[Prompt], *, special_tokens: bool = True
 ) -> list[tuple[int, ...]]:
-    """Every prompt as token ids, one after the other."""
-    return [
-        await engine.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
-    ]
+    """Every prompt as token ids, one after the other. Raises `InvalidParameter` without a chat template."""
+    return [await _tokenized(engine, prompt, special_tokens) for prompt in prompts]
+
+
+async def _tokenized(engine: Engine, prompt: Prompt, special_tokens: bool) -> tuple[int, ...]:
+    match prompt:
+        case str():
+            return await engine.tokenize(prompt, special_tokens=special_tokens)
+        case Conversation(messages, add_generation_prompt):
+            return await engine.tokenize_chat(messages, add_generation_prompt)
+        case tuple():
+            return prompt
 
 
 def tokenizer_queue_of(request: Request) -> TokenizerQueue:

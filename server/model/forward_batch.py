@@ -96,7 +96,9 @@ class PrefillGroup:
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """One step. The first `num_logits` of `logits_indices` are the tokens whose next token is wanted, in row order."""
+    """One step. The first `num_logits` of `logits_indices` are the tokens whose next token is wanted, in row order: first
+    of those rows that sample, then of those that are told of their prompt's.
+    """
 
     input_ids: Tensor  # [1, T']
     position_ids: Tensor  # [1, T']
@@ -208,6 +210,7 @@ def build_forward_batch(
     positions: list[int] = []
     slots: list[int] = []
     sampling: list[int] = []
+    told: list[int] = []
     spans: list[RowSpan] = []
     size = kv_cache.block_size
     for row in rows:
@@ -223,20 +226,23 @@ def build_forward_batch(
                 block_size=size,
             )
         )
+        first_told = len(token_ids) + row.told_from - row.start
+        told.extend(range(first_told, first_told + len(row.told_token_ids)))
         slots.extend(row.block_ids[i // size] * size + i % size for i in range(row.start, end))
         token_ids.extend(row.token_ids)
         positions.extend(range(row.first_position + row.start, row.first_position + end))
         if row.sample:
             sampling.append(len(token_ids) - 1)
     filling = [0] * (pack_shape.padded(len(token_ids)) - len(token_ids))
-    repeated = sampling[-1:] * (pack_shape.min_tokens - len(sampling))
+    wanted = sampling + told
+    repeated = wanted[-1:] * (pack_shape.min_tokens - len(wanted))
     device = kv_cache.device
     return ForwardBatch(
         input_ids=to_device(torch.tensor([token_ids + filling]), device),
         position_ids=to_device(torch.tensor([positions + filling]), device),
         slot_mapping=to_device(torch.tensor(slots), device),
-        logits_indices=to_device(torch.tensor(sampling + repeated, dtype=torch.int64), device),
-        num_logits=len(sampling),
+        logits_indices=to_device(torch.tensor(wanted + repeated, dtype=torch.int64), device),
+        num_logits=len(wanted),
         rows=tuple(spans),
         device=device,
     )

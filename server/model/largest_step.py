@@ -17,12 +17,12 @@ from typing import Final
 
 import torch
 
-from server.engine.messages import ScheduledRow, SchedulerOutput
+from server.engine.messages import MAX_TOLD_TOKENS, ScheduledRow, SchedulerOutput
 from server.engine.sequence import Sequence
 from server.kvcache.kv_cache import KVCache
 from server.model.loader import LoadedModel
 from server.model.runner import ModelRunner
-from server.types import GenerationRequest, SamplingParams
+from server.types import MAX_LOGPROBS, GenerationRequest, SamplingParams
 
 _PREFIX_LEN: Final = 32  # as long as backends need to treat it as shared
 # Everything that takes memory: the penalties' counts, the sorted vocabulary of top-p, the copies between.
@@ -36,6 +36,9 @@ _ALL_OPTIONS: Final = SamplingParams(
     repetition_penalty=1.1,
     presence_penalty=0.1,
     frequency_penalty=0.1,
+    logit_bias=((0, 0.1),),
+    logprobs=MAX_LOGPROBS,
+    prompt_logprobs=MAX_LOGPROBS,
 )
 # Multiply-adds of a run on a CPU: tenths of a second on two cores, for which a step is made 16 times smaller at most, as
 # the part of its memory that does not shrink is then taken as often; and what a larger model may make of it, a second or two.
@@ -128,13 +131,17 @@ def largest_plans(step: LargestStep, block: int, block_size: int) -> tuple[Sched
     """The plans of a step, every row of which reads and writes `block` alone."""
     prefix_len = min(_PREFIX_LEN, step.max_kv_len // 2)
 
-    def row(num_tokens: int, kv_len: int) -> ScheduledRow:
-        return _row(num_tokens, max(kv_len, prefix_len + num_tokens), prefix_len, block, block_size)
+    def row(num_tokens: int, kv_len: int, num_told: int = 0) -> ScheduledRow:
+        row = _row(num_tokens, max(kv_len, prefix_len + num_tokens), prefix_len, block, block_size)
+        told = (0,) * min(num_told, num_tokens)
+        return dataclasses.replace(row, told_from=row.start, told_token_ids=told)
 
     room = step.max_kv_len - prefix_len  # the most own tokens of one row
     decoding = step.num_rows - 1
     rest = min(step.num_tokens - decoding, room)
-    mixed = [row(1, step.kv_len) for _ in range(decoding)] + [row(rest, step.max_kv_len)]
+    mixed = [row(1, step.kv_len) for _ in range(decoding)] + [
+        row(rest, step.max_kv_len, -(-MAX_TOLD_TOKENS // step.times))
+    ]
     num_prompts = max(1, min(step.num_rows, step.num_tokens // 2))
     each = min(step.num_tokens // num_prompts, room)
     prompts = [row(each, step.kv_len) for _ in range(num_prompts)]

@@ -8,6 +8,7 @@ and what a plan frees may be written by the next.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from server.model.device import current
 from server.model.fed_back_tokens import FedBackTokens
 from server.model.forward_batch import build_forward_batch
 from server.model.loader import LoadedModel
+from server.model.logprobs import StepLogprobs, step_logprobs
 from server.model.recorded_steps import RecordedSteps
 from server.model.sampler import next_tokens, outcomes_of
 
@@ -42,27 +44,31 @@ class ModelRunner:
                 self._kv_cache.zero_blocks(plan.wipe_block_ids)
             for load in plan.prefix_loads:
                 self._load_prefix(load, staged)
-            tokens = self._sampled(plan.rows)
-            return _Launched(plan.rows, tokens)
+            tokens, logprobs = self._sampled(plan.rows)
+            return _Launched(plan.rows, tokens, logprobs)
 
-    def _sampled(self, rows: tuple[ScheduledRow, ...]) -> Tensor:
-        """The next token of each sampling row, int64 [number of them]."""
+    def _sampled(self, rows: tuple[ScheduledRow, ...]) -> tuple[Tensor, StepLogprobs | None]:
+        """The next token of each sampling row, int64 [number of them], and what is to be told of their probabilities."""
         sampling = [row.sequence for row in rows if row.sample]
-        tokens = torch.empty(0, dtype=torch.int64)
+        tokens, logprobs = torch.empty(0, dtype=torch.int64), None
         if rows:
             logits, best = self._logits(rows)
-            tokens = next_tokens(logits, sampling, self._model.eos_token_ids, best)
+            of_samples = logits[: len(sampling)]
+            tokens = next_tokens(of_samples, sampling, self._model.eos_token_ids, best)
+            logprobs = step_logprobs(rows, logits, tokens)
         self._fed_back.keep(sampling, tokens)
-        return tokens
+        return tokens, logprobs
 
     def _logits(self, rows: tuple[ScheduledRow, ...]) -> tuple[Tensor, Tensor | None]:
-        """Logits [number of sampling rows, V], and the most probable token of each if a graph has found it."""
+        """Logits as `forward` gives them, and the most probable token of each if a graph has found it."""
         recorded = self.recorded.run(rows, self._fed_back) if self.recorded else None
         return (self.forward(rows), None) if recorded is None else recorded
 
     @torch.inference_mode()
     def forward(self, rows: tuple[ScheduledRow, ...]) -> Tensor:
-        """Logits [number of sampling rows, V] of one packed forward pass; writes the rows' K/V."""
+        """Logits [number of sampling rows, and behind them of tokens to tell of, V] of one packed forward pass; writes the
+        rows' K/V.
+        """
         batch = build_forward_batch(rows, self._kv_cache, self._model.pack_shape)
         self._fed_back.fill(rows, batch.input_ids[0])
         self._attention.begin(batch)
@@ -81,9 +87,12 @@ class ModelRunner:
 class _Launched:
     """A step under way; its tokens are on their way to the host."""
 
-    def __init__(self, rows: tuple[ScheduledRow, ...], tokens: Tensor) -> None:
+    def __init__(
+        self, rows: tuple[ScheduledRow, ...], tokens: Tensor, logprobs: StepLogprobs | None
+    ) -> None:
         on_gpu = tokens.is_cuda
         self._rows = rows
+        self._logprobs = logprobs
         self._tokens = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=on_gpu)
         self._tokens.copy_(tokens, non_blocking=True)
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call] # torch has no annotations there
@@ -95,4 +104,10 @@ class _Launched:
         if self._copied is not None:
             self._copied.synchronize()
         sampled = iter(outcomes_of(self._tokens))
-        return tuple(next(sampled) if row.sample else RowOutcome() for row in self._rows)
+        outcomes = tuple(next(sampled) if row.sample else RowOutcome() for row in self._rows)
+        if self._logprobs is None:
+            return outcomes
+        return tuple(
+            replace(outcome, logprob=told.sampled, prompt_logprobs=told.prompt)
+            for outcome, told in zip(outcomes, self._logprobs.of_rows(), strict=True)
+        )

@@ -76,7 +76,8 @@ def next_tokens(
 
 def _argmax_suffices(seq: Sequence) -> bool:
     params = seq.request.sampling
-    return params.greedy and not params.has_penalties and not _blocks_stops(seq)
+    changed = params.has_penalties or params.logit_bias or _blocks_stops(seq)
+    return params.greedy and not changed
 
 
 def _blocks_stops(seq: Sequence) -> bool:
@@ -88,6 +89,8 @@ def _choose(
 ) -> Tensor:
     """The next token [R] of rows of which each asks for more than the most probable one; changes `logits` [R, V]."""
     for row, seq in zip(logits, sequences, strict=True):
+        if seq.request.sampling.logit_bias:
+            _apply_bias(row, seq.request.sampling)
         if seq.request.sampling.has_penalties:
             _apply_penalties(row, seq)
         if _blocks_stops(seq):
@@ -115,6 +118,14 @@ def _probabilities(logits: Tensor, sequences: Sequence_[Sequence]) -> Tensor:
 def _column(values: Sequence_[float], like: Tensor) -> Tensor:
     """One value per row [R, 1], on the device of the logits; booleans stay so."""
     return to_device(torch.tensor(values), like.device)[:, None]
+
+
+def _apply_bias(logits: Tensor, params: SamplingParams) -> None:
+    """Adds to the logits of some tokens (OpenAI); each is named once."""
+    bias = [(i, value) for i, value in params.logit_bias if i < logits.shape[-1]]
+    ids = to_device(torch.tensor([i for i, _ in bias], dtype=torch.int64), logits.device)
+    values = to_device(torch.tensor([v for _, v in bias], dtype=logits.dtype), logits.device)
+    logits.index_add_(0, ids, values)
 
 
 def _apply_penalties(logits: Tensor, seq: Sequence) -> None:

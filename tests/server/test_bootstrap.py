@@ -66,6 +66,31 @@ def test_a_setting_that_can_not_work_is_refused_by_name(
         build_engine(config, Metrics())
 
 
+def test_a_chat_template_of_the_operators_takes_the_place_of_the_models(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    config = ServeConfig(store=tmp_path / "store", device="cpu", chat_template=template)
+
+    serving = build_engine(config, Metrics())
+
+    turns = [{"role": "user", "content": "hello"}]
+    assert serving.tokenizer.decode(serving.tokenizer.encode_chat(turns)) == "<hello>"
+    serving.store.close()
+
+
+@pytest.mark.parametrize("text", [None, "", "{% for %}", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_writes_no_conversation_is_refused_at_start(
+    text: str | None, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    if text is not None:
+        template.write_text(text)
+    config = ServeConfig(store=tmp_path / "store", device="cpu", chat_template=template)
+
+    with pytest.raises(ConfigError, match="--chat-template"):
+        build_engine(config, Metrics())
+
+
 def test_a_cpu_serves_merged_and_prepacked_weights_under_the_fingerprint_of_the_plain_ones(
     tmp_path: Path,
 ) -> None:

@@ -48,7 +48,7 @@ def test_the_file_can_be_named_by_a_variable(toml: Path, monkeypatch: pytest.Mon
 
 def test_every_setting_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
-        "model": "m", "served_model_name": "house", "revision": "r", "dtype": "float32", "device": "cuda:1", "attention": "sdpa", "cuda_graphs": "false", "overlap": "false",
+        "model": "m", "served_model_name": "house", "chat_template": "chat.jinja", "revision": "r", "dtype": "float32", "device": "cuda:1", "attention": "sdpa", "cuda_graphs": "false", "overlap": "false",
         "compile": "true", "num_threads": "2", "seed": "3", "host": "::1", "port": "4", "admin_key": KEY,
         "api_key": KEY, "insecure": "true", "max_body_bytes": "2MiB", "store": "/s",
         "host_cache_bytes": "3GiB", "max_num_virtual_tokens": "5", "pin": "a, b", "pin_budget": "0.2",

@@ -373,10 +373,10 @@ class _StumblingTokenizer(Tokenizer):
 
     stumbles_over = -1
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, special_tokens: bool = False) -> str:
         if self.stumbles_over in token_ids:
             raise KeyError(self.stumbles_over)
-        return super().decode(token_ids)
+        return super().decode(token_ids, special_tokens=special_tokens)
 
 
 def test_text_that_can_not_be_made_fails_one_request_and_not_its_batch(

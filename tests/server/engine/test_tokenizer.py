@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -10,6 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.tokenizer import Detokenizer, Tokenizer
+from server.errors import InvalidParameter
+from server.types import TokenText
 
 TEXTS = [
     "the quick brown fox",
@@ -106,3 +109,86 @@ def test_special_tokens_are_added_by_default_and_left_out_on_request() -> None:
     assert tokenizer.encode("a") == (0, 1)
     assert tokenizer.encode("a", special_tokens=False) == (1,)
     assert tokenizer.eos_token_id == 2
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def with_template(tokenizer: Tokenizer, template: object) -> Tokenizer:
+    raw = copy.deepcopy(tokenizer._tokenizer)
+    raw.chat_template = template
+    return Tokenizer(raw)
+
+
+def test_a_conversation_is_written_in_the_template_that_the_tokenizer_came_with(
+    tokenizer: Tokenizer,
+) -> None:
+    turns = [{"role": "user", "content": "the fox"}]
+    expected = tokenizer.encode("user: the fox\n", special_tokens=False)
+
+    for template in (CHAT, {"default": CHAT, "tool_use": "no"}):
+        assert with_template(tokenizer, template).encode_chat(turns) == expected
+    for template in (None, "", {"tool_use": CHAT}):
+        with pytest.raises(InvalidParameter, match="no chat template"):
+            with_template(tokenizer, template).encode_chat(turns)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('only one turn') }}", "only one turn"),
+        ("{{ messages[7].content }}", "has no element 7"),
+        ("{{ 1 // 0 }}", "fails on them"),
+        ("{{ messages + 1 }}", "fails on them"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ],
+)
+def test_a_template_that_fails_or_leaves_its_sandbox_refuses_the_messages(
+    tokenizer: Tokenizer, template: str, said: str
+) -> None:
+    with pytest.raises(InvalidParameter, match=said):
+        with_template(tokenizer, template).encode_chat([{"role": "user", "content": "x"}])
+
+
+def test_a_content_is_data_and_not_a_part_of_the_template(tokenizer: Tokenizer) -> None:
+    turns = [{"role": "user", "content": "{{ 7 * 7 }}"}]
+    tokens = with_template(tokenizer, CHAT).encode_chat(turns)
+
+    assert tokenizer.decode(tokens) == "user: {{ 7 * 7 }}\n"
+
+
+def test_a_token_by_itself_has_a_text_bytes_and_whether_it_is_special(tokenizer: Tokenizer) -> None:
+    first, *_ = tokenizer.encode("語")
+    (fox,) = tokenizer.encode(" fox")
+
+    assert tokenizer.token_text(fox) == TokenText(" fox", b" fox", False)
+    assert tokenizer.token_text(first) == TokenText("bytes:\\xe8", "語".encode()[:1], False)
+    assert tokenizer.token_text(0) == TokenText("<eos>", b"<eos>", True)
+    assert tokenizer.token_text(10**6).text == "", "a model may have more tokens than its tokenizer"
+
+
+def test_texts_of_tokens_are_those_of_a_text_also_where_a_decoder_drops_a_space() -> None:
+    raw = RawTokenizer(
+        models.WordLevel({"\u2581hello": 0, "\u2581world": 1}, unk_token="\u2581hello")
+    )
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    metaspace = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw))
+
+    assert [metaspace.token_text(token).text for token in (0, 1)] == [" hello", " world"]
+
+
+def test_special_tokens_have_a_text_if_they_are_not_skipped(tokenizer: Tokenizer) -> None:
+    tokens = (*tokenizer.encode("the fox"), 0)
+
+    assert tokenizer.decode(tokens, special_tokens=True) == "the fox<eos>"
+    detokenizer = Detokenizer(tokenizer, special_tokens=True)
+    assert detokenizer.push(tokens) + detokenizer.flush() == "the fox<eos>"
+
+
+def test_the_facts_name_what_a_client_needs_to_tokenize(tokenizer: Tokenizer) -> None:
+    facts = with_template(tokenizer, CHAT).facts()
+
+    assert (facts.eos_token, facts.bos_token, facts.vocab_size) == ("<eos>", None, 300)
+    assert facts.chat_template == CHAT

@@ -32,12 +32,15 @@ from server.types import (
     RequestOutput,
     RequestTimings,
     Resident,
+    TokenizerFacts,
+    TokenText,
 )
 from tests.prefix_store.builders import TINY_BASE, make_artifact, random_kv
 
 ADMIN_KEY = "the-admin-key"
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
+VOCAB_SIZE = 94
 Script = Callable[[GenerationRequest], Sequence[RequestOutput | Exception]]
 
 
@@ -122,8 +125,13 @@ class FakeEngine:
     has_no_chat_template: bool = False
     tokenizer_hangs: bool = False
     num_tokenizing: int = 0
+    special_tokens: list[bool] = field(default_factory=list)
 
-    async def tokenize(self, prompt: str) -> tuple[int, ...]:
+    def room(self, prefix: PrefixRef | None, num_prompt_tokens: int) -> int:
+        return self.max_model_len - (prefix.num_virtual_tokens if prefix else 0) - num_prompt_tokens
+
+    async def tokenize(self, prompt: str, *, special_tokens: bool = True) -> tuple[int, ...]:
+        self.special_tokens.append(special_tokens)
         if self.tokenizer_hangs:
             self.num_tokenizing += 1
             try:
@@ -139,6 +147,24 @@ class FakeEngine:
             raise InvalidParameter("messages: no chat template", param="messages")
         text = "".join(f"{m['role']}:{m['content']}" for m in messages)
         return await self.tokenize(text + "!" * add_generation_prompt)
+
+    async def detokenize(self, token_ids: Sequence[int], param: str) -> str:
+        if any(token >= VOCAB_SIZE for token in token_ids):
+            raise InvalidParameter(f"{param}: no such token", param=param)
+        return "".join(self.token_text(token).text for token in token_ids)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """Letters; 0 is special, 1 is half a character."""
+        if token_id < 2:
+            return (TokenText("</s>", b"</s>", True), TokenText("bytes:\\xe2", b"\xe2", False))[
+                token_id
+            ]
+        text = chr(ord("!") + token_id)
+        return TokenText(text, text.encode(), False)
+
+    def tokenizer_facts(self) -> TokenizerFacts:
+        template = None if self.has_no_chat_template else "{{ messages }}"
+        return TokenizerFacts("Fake", None, "</s>", None, None, VOCAB_SIZE, template)
 
     def submit(self, request: GenerationRequest) -> FakeStream:
         if self.refusal is not None:

@@ -76,6 +76,15 @@ def test_the_headers_say_which_prefix_answered(client: TestClient) -> None:
     assert "content-length" not in streamed.headers
 
 
+def test_a_header_says_which_build_answered_also_for_the_base_model(client: TestClient) -> None:
+    task = client.post("/v1/completions", json=BODY)
+    base = client.post("/v1/completions", json={**BODY, "model": "org/tiny"})
+
+    assert task.headers["x-prefixd-fingerprint"] == task.json()["system_fingerprint"]
+    assert base.headers["x-prefixd-fingerprint"] == "9.9.9-aaaaaaaa-base"
+    assert "x-prefixd-task" not in base.headers
+
+
 def test_the_base_model_answers_without_a_prefix(client: TestClient, engine: FakeEngine) -> None:
     answer = complete(client, model="org/tiny")
 
@@ -168,6 +177,7 @@ def test_all_sampling_fields_reach_the_engine(client: TestClient, engine: FakeEn
         "frequency_penalty": 0.3,
         "seed": 7,
         "ignore_eos": True,
+        "skip_special_tokens": False,
     }
     complete(client, **fields, stop=["A", "B"], stop_token_ids=[3])
 
@@ -215,12 +225,9 @@ def test_nulls_mean_absent(client: TestClient, engine: FakeEngine) -> None:
 @pytest.mark.parametrize(
     ("field", "neutral", "asking"),
     [
-        ("logprobs", False, 0),
-        ("logprobs", None, 5),
-        ("echo", False, True),
+        ("top_logprobs", 0, 5),
         ("best_of", 1, 2),
         ("suffix", "", "x"),
-        ("logit_bias", {}, {"50256": -100}),
         ("response_format", {"type": "text"}, {"type": "json_object"}),
         ("tools", [], [{"type": "function"}]),
         ("tool_choice", "none", "auto"),
@@ -228,8 +235,7 @@ def test_nulls_mean_absent(client: TestClient, engine: FakeEngine) -> None:
         ("structured_outputs", None, {"choice": ["a"]}),
         ("prompt_logprobs", None, 1),
         ("use_beam_search", False, True),
-        ("skip_special_tokens", True, False),
-        ("add_special_tokens", True, False),
+        ("truncate_prompt_tokens", None, 5),
         ("bad_words", [], ["x"]),
     ],
 )
@@ -405,6 +411,53 @@ def test_every_stream_of_the_engine_is_closed_in_the_end(
     client.post("/v1/completions", json={**BODY, "prompt": ["a", "b"], "stream": streaming})
 
     assert [stream.closed for stream in engine.streams] == [True, True]
+
+
+@pytest.mark.parametrize(("prompt", "said"), [("hi", "hi"), ([5, 6], "&'")])
+def test_an_echo_is_the_prompt_before_its_answer(
+    client: TestClient, prompt: Any, said: str
+) -> None:
+    assert complete(client, prompt=prompt, echo=True)["choices"][0]["text"] == f"{said}abc"
+
+    texts = [chunk["choices"][0]["text"] for chunk in stream(client, prompt=prompt, echo=True)]
+    assert texts == [f"{said}a", "b", "c"]
+
+
+def test_each_choice_echoes_its_own_prompt(client: TestClient) -> None:
+    choices = complete(client, prompt=["a", "bc"], n=2, echo=True)["choices"]
+
+    assert [choice["text"] for choice in choices] == ["aabc", "aabc", "bcabc", "bcabc"]
+
+
+def test_no_tokens_beside_an_echo_give_the_prompt_alone(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    """What is asked for is the prompt's tokens and their probabilities; the engine samples one and it is dropped."""
+    engine.script = lambda request: words(request, "x")
+
+    answer = complete(client, echo=True, max_tokens=0, return_token_ids=True)
+
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["token_ids"]) == ("hi", [])
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+    assert answer["usage"]["completion_tokens"] == 0
+    assert engine.requests[0].sampling.max_tokens == 1
+    assert client.post("/v1/completions", json={**BODY, "max_tokens": 0}).status_code == 400
+
+
+def test_an_echo_of_a_token_that_does_not_exist_is_400(client: TestClient) -> None:
+    response = client.post("/v1/completions", json={**BODY, "prompt": [10**6], "echo": True})
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_the_tokenizers_own_tokens_are_left_out_on_request(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    complete(client)
+    complete(client, add_special_tokens=False)
+
+    assert engine.special_tokens == [True, False]
 
 
 def test_a_stop_reason_is_told(client: TestClient, engine: FakeEngine) -> None:

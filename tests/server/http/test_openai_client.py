@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -72,3 +73,46 @@ def test_an_error_in_a_stream_is_raised(openai_client: openai.OpenAI, engine: Fa
 
     with pytest.raises(openai.APIError, match="a bad row"):
         list(stream)
+
+
+TURNS: list[Any] = [{"role": "user", "content": "hi"}]
+
+
+def test_a_chat(openai_client: openai.OpenAI) -> None:
+    answer = openai_client.chat.completions.create(model="poet", messages=TURNS)
+
+    assert answer.choices[0].message.content == "abc"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3
+    assert answer.id == f"chatcmpl-{answer._request_id}"
+
+
+def test_a_chats_stream_and_the_helper_that_puts_it_together(openai_client: openai.OpenAI) -> None:
+    chunks = list(
+        openai_client.chat.completions.create(
+            model="poet", messages=TURNS, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == "abc"
+    assert [delta.role for delta in deltas] == ["assistant", None, None, None]
+    assert chunks[-1].usage is not None
+
+    with openai_client.chat.completions.stream(model="poet", messages=TURNS) as stream:
+        kinds = [event.type for event in stream]
+        whole = stream.get_final_completion()
+    assert kinds.count("content.delta") == 3
+    assert whole.choices[0].message.content == "abc"
+
+
+def test_a_chats_errors(openai_client: openai.OpenAI, engine: FakeEngine) -> None:
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+        openai_client.chat.completions.create(
+            model="poet",
+            messages=TURNS,
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+    engine.has_no_chat_template = True
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        openai_client.chat.completions.create(model="poet", messages=TURNS)

@@ -106,4 +106,14 @@ def test_the_api_description_has_the_bodies(client: TestClient) -> None:
 
     body = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"model", "prompt", "max_tokens", "stream"} <= body["properties"].keys()
-    assert "$ref" not in str(body)
+    bodies = [
+        method["requestBody"]
+        for path in paths.values()
+        for method in path.values()
+        if "requestBody" in method
+    ]
+    assert len(bodies) > 5
+    assert "$ref" not in str(bodies), "a reference would point out of the body's schema, at nothing"
+    turns = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    turn = turns["schema"]["properties"]["messages"]["items"]
+    assert turn["properties"]["role"]["enum"][0] == "developer"

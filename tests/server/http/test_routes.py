@@ -51,7 +51,7 @@ def test_all_methods_of_a_path_need_the_same_key() -> None:
 def test_only_the_probes_are_public() -> None:
     public = {path for path, scope in SCOPES.items() if scope is Scope.PUBLIC}
 
-    assert public == {"/health", "/healthz", "/readyz"}
+    assert public == {"/health", "/healthz", "/ping", "/readyz"}
 
 
 def test_each_path_finds_its_own_template() -> None:
@@ -121,7 +121,7 @@ def test_no_spelling_of_a_path_or_host_gets_around_the_key(
 
 
 def test_unknown_paths_are_answered_in_openai_shape(client: TestClient) -> None:
-    response = client.post("/v1/chat/completions", json={})
+    response = client.post("/v1/embeddings", json={})
 
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "no_such_route"

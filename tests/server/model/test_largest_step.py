@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.messages import ScheduledRow
+from server.engine.messages import MAX_TOLD_TOKENS, ScheduledRow
 from server.kvcache.kv_cache import KVCache
 from server.model.attention import make_attention_backend
 from server.model.attention.base import PagedAttention
@@ -68,6 +68,8 @@ def test_the_plans_are_as_large_as_the_limits_allow(step: LargestStep) -> None:
     mixed, prompts = largest_plans(step, 5, BLOCK_SIZE)
     assert len(mixed.rows) == step.num_rows
     assert kv_len(mixed.rows[-1]) == step.max_kv_len
+    told = mixed.rows[-1].told_token_ids
+    assert len(told) == min(MAX_TOLD_TOKENS // step.times, len(mixed.rows[-1].token_ids))
     most = max(mixed.num_tokens, prompts.num_tokens)
     assert most >= min(step.num_tokens, step.num_rows * room) - step.num_rows
 

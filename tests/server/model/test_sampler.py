@@ -57,6 +57,44 @@ def test_temperature_zero_takes_the_largest_logit() -> None:
     assert [o.token_id for o in outcomes] == logits.argmax(-1).tolist()
 
 
+def test_a_bias_adds_to_the_logits_of_its_tokens_and_to_no_other_row() -> None:
+    logits = random_logits(2)
+    best = logits[0].argmax().item()
+    other = (int(best) + 1) % V
+    pushed = SamplingParams(
+        max_tokens=9, temperature=0.0, logit_bias=((other, 100.0), (V + 7, 100.0))
+    )
+    banned = SamplingParams(max_tokens=9, temperature=0.0, logit_bias=((int(best), -100.0),))
+
+    assert one(logits[0], sequence(pushed)) == other
+    assert one(logits[0], sequence(banned)) == logits[0].topk(2).indices[1]
+    outcomes = sample(logits, [sequence(pushed), sequence(GREEDY)], EOS)
+    assert [o.token_id for o in outcomes] == [other, int(logits[1].argmax())]
+
+
+def test_a_bias_weighs_in_a_draw_as_its_exponential() -> None:
+    logits = torch.zeros(V)
+    bias = dict.fromkeys(range(2, V), -100.0) | {1: math.log(3)}
+    sampling = SamplingParams(temperature=1.0, logit_bias=tuple(bias.items()))
+
+    drawn = draws(logits, sampling)
+
+    assert drawn.keys() == {0, 1}
+    assert 2.4 < drawn[1] / drawn[0] < 3.7
+
+
+def test_a_bias_comes_before_the_penalties() -> None:
+    """As in vLLM: a repetition penalty divides what a bias has made positive."""
+    logits = torch.full((V,), -5.0)
+    logits[7] = 3.0
+    sampling = SamplingParams(
+        max_tokens=9, temperature=0.0, repetition_penalty=2.0, logit_bias=((4, 7.0),)
+    )
+
+    assert one(logits, sequence(sampling, prompt=(7,))) == 4  # 2 against 3 / 2
+    assert one(logits, sequence(sampling, prompt=(4, 7))) == 7  # 2 / 2 against 3 / 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 7])
 def test_of_equal_logits_the_first_token_wins_in_each_dtype(
