@@ -7,7 +7,7 @@ reverse. Knows nothing of torch, HTTP or the store's files.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -22,11 +22,12 @@ MAX_N: Final = 4
 class FinishReason(StrEnum):
     """Why a sequence ended. The last three carry an error text: the answer is not whole.
 
-    ABORT: by whoever asked, or by the server going down. PREFIX_UNAVAILABLE: its prefix could not be loaded.
+    DEADLINE: its request's time was over; what there was by then is the answer. ABORT: by whoever asked, or by the server going down. PREFIX_UNAVAILABLE: its prefix could not be loaded.
     """
 
     STOP = "stop"
     LENGTH = "length"
+    DEADLINE = "deadline"
     ABORT = "abort"
     PREFIX_UNAVAILABLE = "prefix_unavailable"
     ERROR = "error"
@@ -139,7 +140,8 @@ class GenerationRequest:
     """One prompt for one task (`prefix` None: the bare base model). `request_id` is ours, never a client's.
 
     `version_role`: live or canary, for metrics; empty for a request that names a version, or no task.
-    `cache_salt`: only requests of one salt share blocks of the prompt cache.
+    `cache_salt`: only requests of one salt share blocks of the prompt cache. `deadline`: monotonic seconds when it ends,
+    whatever it has by then. `endpoint`: empty for requests of our own, which are in no statistics.
     """
 
     request_id: str
@@ -149,6 +151,7 @@ class GenerationRequest:
     endpoint: str = "completions"
     version_role: str = ""
     cache_salt: str = ""
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,12 @@ class RequestOutput:
     prefix_tier: PrefixTier = PrefixTier.NONE
     timings: RequestTimings = RequestTimings()
     num_cached_tokens: int = 0
+
+    def followed_by(self, later: RequestOutput) -> RequestOutput:
+        """This increment and a later one of the same choice, as one."""
+        return replace(
+            later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ LONGER_FOR_A_REASON = {
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
 BUDGET_LINES = {
-    "server": 14_500,
+    "server": 15_500,
     "prefix_store": 4_700,
     "demo": 2_500,
     "converter": 1_300,

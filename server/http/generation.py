@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from starlette.concurrency import run_in_threadpool
@@ -18,12 +18,15 @@ from starlette.requests import Request
 from prefix_store.errors import PrefixUnavailable, UnknownTask
 from server.errors import (
     ContextTooLong,
+    DeadlineExceeded,
     EngineOverloaded,
     EngineStopped,
     GenerationFailed,
     ModelNotFound,
 )
+from server.http.deadline import deadline_of, within
 from server.http.disconnect import unless_gone
+from server.http.request_log import note_generation
 from server.http.schemas import SamplingFields
 from server.http.services import Engine, OutputStream, Services, services_of
 from server.http.targets import Target, sampling_params
@@ -34,6 +37,7 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
     EngineOverloaded: "queue_full",
     EngineStopped: "stopped",
     ContextTooLong: "too_long",
+    DeadlineExceeded: "deadline",
 }
 
 
@@ -56,6 +60,8 @@ class Choice:
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason.value
             self.stop_reason = output.stop_reason
+        if output.finish_reason is FinishReason.DEADLINE:  # a word that clients do not know
+            self.finish_reason, self.stop_reason = FinishReason.LENGTH.value, "deadline"
 
 
 class Generation:
@@ -129,6 +135,8 @@ class Generation:
             raise EngineStopped(output.error or "the request was ended; try again")
         if output.finish_reason is FinishReason.PREFIX_UNAVAILABLE:
             raise PrefixUnavailable(output.error or "the prefix of this task can not be loaded")
+        if output.finish_reason is FinishReason.DEADLINE and not self.num_output_tokens:
+            raise DeadlineExceeded("the request's time was over before its first token")
         choice = self.choices[number * self._n + output.index]
         choice.take(output)
         if output.index == 0:
@@ -175,16 +183,18 @@ class Start:
     target: Target
     fields: SamplingFields
     prompts: Sequence[str | tuple[int, ...]]
+    deadline: float | None = None
 
 
 async def start_generation(request: Request, start: Start) -> Generation:
     """Submits every prompt, or none. Raises what `sampling_params` and `Engine.submit` raise;
-    `ClientDisconnect` if the client leaves first, `EngineOverloaded` if too much is before it.
+    `ClientDisconnect` if the client leaves first, `EngineOverloaded` if too much is before it, `DeadlineExceeded`.
 
     The prefix's bytes are held from now until the generation is closed: a deleted task's last requests
     finish with the version that they began with. No `await` may come between finding the target and this.
     """
-    services = services_of(request)
+    services, deadline = services_of(request), deadline_of(request)
+    start = replace(start, deadline=deadline)
     if start.target.version is not None:
         try:
             services.store.hold(start.target.version)
@@ -194,8 +204,11 @@ async def start_generation(request: Request, start: Start) -> Generation:
         with _counted_rejections(services, start):
             with tokenizer_queue_of(request).room_for(start.prompts):
                 encoded = tokenized(services.engine, start.prompts)
-                prompts = await unless_gone(request.receive, encoded)
-            return await _start(services, start, prompts)
+                async with within(deadline):
+                    prompts = await unless_gone(request.receive, encoded)
+            generation = await _start(services, start, prompts)
+            note_generation(request, generation)
+            return generation
     except BaseException:
         await let_go(services, start.target)
         raise
@@ -230,6 +243,7 @@ async def _start(
             endpoint=start.endpoint,
             version_role=start.target.role,
             cache_salt=start.fields.cache_salt or "",
+            deadline=start.deadline,
         )
         for number, prompt in enumerate(prompts)
     ]

@@ -24,7 +24,7 @@ class OutputStream(Protocol):
 
 
 class EngineHealth(Protocol):
-    """`server.engine.async_engine.EngineStatus`."""
+    """`server.engine.observer.EngineStatus`."""
 
     @property
     def alive(self) -> bool: ...
@@ -69,7 +69,8 @@ class Engine(Protocol):
 class Services:
     """`admin_key` None closes the admin API; `api_key` None opens inference to everyone.
 
-    `audit`: where changes and refusals are recorded; None, in tests, nowhere.
+    `audit`: where changes and refusals are recorded; None, in tests, nowhere. `hang_seconds`: an engine that has not come
+    round its loop for so long hangs.
     """
 
     engine: Engine
@@ -82,15 +83,21 @@ class Services:
     admin_key: str | None = None
     api_key: str | None = None
     max_body_bytes: int = 2**20
+    max_request_seconds: float = 3600.0
+    hang_seconds: float = 300.0
     audit: AuditLog | None = None
 
 
 @dataclass(slots=True)
 class Lifecycle:
-    """Whether requests should be sent here: the one thing about the app that changes."""
+    """Whether requests should be sent here: the one thing about the app that changes.
+
+    `fault`: why they should not although the engine may look well, in a sentence.
+    """
 
     ready: bool = False
     draining: bool = False
+    fault: str | None = None
 
 
 def services_of(request: Request) -> Services:
