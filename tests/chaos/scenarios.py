@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -118,18 +119,19 @@ def leavers(directory: Path, scale: int) -> Outcome:
         asyncio.run(run(count=200, seed=1))
         before = settled(server, census(server), 5.0)
         started = time.monotonic()
-        left = asyncio.run(run(count=scale, seed=2))
+        halves = [asyncio.run(run(count=-(-scale // 2), seed=2))]
+        amid = settled(server, before, 60.0)
+        halves.append(asyncio.run(run(count=scale // 2, seed=3)))
         seconds = time.monotonic() - started
         after = settled(server, before, 60.0)
         readings, _ = asyncio.run(read_all(server.url, [body(20)], lambda: None))
     outcome = Outcome(
         {
-            "disconnects": sum(left.values()),
+            "disconnects": sum(sum(left.values()) for left in halves),
             "per_second": round(scale / seconds),
             "before": before.held,
             "after": after.held,
-            "rss_mib_before": before.rss_bytes >> 20,
-            "rss_mib_after": after.rss_bytes >> 20,
+            "rss_mib": [count.rss_bytes >> 20 for count in (before, amid, after)],
         }
     )
     outcome.expect(after.held == before.held, "something is held that was not before")
@@ -141,12 +143,17 @@ def slow(directory: Path, scale: int) -> Outcome:
     """`scale` clients that never read, and as many that send slowly, beside one that behaves."""
     with _server(directory, "--max-num-seqs", "32", "--max-num-queued", "4096") as server:
         alone = _first_token_seconds(server.url, 100)
-        before = census(server)
+        before = settled(server, census(server), 5.0)
         host = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
-        with slow_clients(host, num_never_readers=scale, num_slow_senders=scale) as clients:
+        with (
+            slow_clients(host, num_never_readers=scale, num_slow_senders=scale) as clients,
+            ThreadPoolExecutor(1) as watching,
+        ):
+            waiting = watching.submit(clients.wait_until_cut, 90.0)
+            time.sleep(3 + scale / 20)  # what they asked for is computed, and stuck
             beside = _first_token_seconds(server.url, 100)
             during = census(server)
-            cut = clients.wait_until_cut(90.0)
+            cut = waiting.result()
         after = settled(server, before, 60.0)
     p99_alone, p99_beside = _p99(alone), _p99(beside)
     outcome = Outcome(
