@@ -76,7 +76,7 @@ class TgiAnswer:
         if not self.parameters.decoder_input_details:
             return []
         (prompt,) = generation.prompts
-        entries = [None, *choice.prompt_logprobs]
+        entries: list[TokenLogprob | None] = [None, *choice.prompt_logprobs]
         return [
             {
                 "id": token_id,

@@ -95,8 +95,8 @@ def step_logprobs(
     num_top = min(max(wish.num_top for wish in wishes), logits.shape[-1])
     together = _ROWS_ON_CPU if device.type == "cpu" else _ROWS_ON_GPU
     parts = [
-        _values(logits.index_select(0, some), ids, num_top)
-        for some, ids in zip(places.split(together), tokens.split(together), strict=True)
+        _values(logits.index_select(0, places[start:end]), tokens[start:end], num_top)
+        for start, end in _spans(len(wishes), together)
     ]
     values, top_ids = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return StepLogprobs(len(rows), wishes, _to_host(tokens), _to_host(values), _to_host(top_ids))
@@ -126,6 +126,11 @@ def _tokens(wishes: Sequence_[_Wish], sampled: Tensor, places: Tensor) -> Tensor
         return given
     drawn = sampled.index_select(0, places.clamp_max(len(sampled) - 1)).clamp_min(0)
     return drawn.where(given < 0, given)
+
+
+def _spans(count: int, length: int) -> list[tuple[int, int]]:
+    """0..count-1 in pieces of up to `length`."""
+    return [(start, min(start + length, count)) for start in range(0, count, length)]
 
 
 def _values(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from tests.tiny_model_dir import save_tiny_model, tiny_tokenizer
 from tests.tiny_models import tiny_model
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for m in messages %}{{ m.role }}, {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant,{% endif %}"
 )
 TURNS = [
     {"role": "system", "content": "be quick"},
@@ -105,7 +105,7 @@ def test_a_prompt_alone_is_told_without_an_answer(app: RealApp) -> None:
 def test_a_chat_is_a_completion_of_what_the_template_makes(app: RealApp) -> None:
     tokens = post(app, "/tokenize", messages=TURNS)["tokens"]
     text = post(app, "/detokenize", tokens=tokens)["prompt"]
-    assert text == "system: be quick\nuser: the lazy dog\nassistant:"
+    assert text == "system, be quick\nuser, the lazy dog\nassistant,"
 
     settings = {"max_tokens": 9, "ignore_eos": True, "return_token_ids": True}
     chat = post(app, "/v1/chat/completions", messages=TURNS, **settings)

@@ -17,7 +17,7 @@ from tests.engine_harness import Harness, random_prefix
 from tests.tiny_models import VOCAB, tiny_model
 
 TOLERANCE = 2e-4
-PROMPT = [1 + random.Random(5).randrange(VOCAB - 1) for _ in range(90)]
+PROMPT = random.Random(5).choices(range(1, VOCAB), k=90)
 ASKING = SamplingParams(
     max_tokens=5, temperature=0.0, logprobs=3, prompt_logprobs=2, ignore_eos=True
 )
@@ -32,7 +32,7 @@ def reference(module: nn.Module, tokens: list[int], prefix: Prefix | None) -> Te
             cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
     module.set_attn_implementation("eager")  # type: ignore[operator]
     with torch.inference_mode():
-        logits = module(
+        logits: Tensor = module(
             input_ids=torch.tensor([tokens]),
             position_ids=torch.arange(start, start + len(tokens))[None],
             past_key_values=cache,

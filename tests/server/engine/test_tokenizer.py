@@ -126,6 +126,7 @@ def test_a_conversation_is_written_in_the_template_that_the_tokenizer_came_with(
     turns = [{"role": "user", "content": "the fox"}]
     expected = tokenizer.encode("user: the fox\n", special_tokens=False)
 
+    template: object
     for template in (CHAT, {"default": CHAT, "tool_use": "no"}):
         assert with_template(tokenizer, template).encode_chat(turns) == expected
     for template in (None, "", {"tool_use": CHAT}):

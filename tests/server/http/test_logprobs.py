@@ -109,7 +109,7 @@ def test_without_being_asked_for_there_are_none(client: TestClient, engine: Fake
 
 
 def test_tokens_of_one_text_are_told_with_the_greater_probability(
-    client: TestClient, engine: FakeEngine
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a reader who compares a token with the best one would take it for the best."""
     entry = TokenLogprob(1, -4.0, ((-1, -0.5), (1, -4.0)))
@@ -117,7 +117,7 @@ def test_tokens_of_one_text_are_told_with_the_greater_probability(
         dataclasses.replace(output, logprobs=(entry,)) for output in words(request, "x")
     ]
     original = engine.token_text
-    engine.token_text = lambda token: original(abs(token))  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "token_text", lambda token: original(abs(token)))
 
     (choice,) = complete(client, logprobs=2)
 

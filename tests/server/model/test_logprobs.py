@@ -65,8 +65,8 @@ def test_each_row_is_told_of_its_own_tokens() -> None:
     assert first.sampled.logprob == expected[0, 9]
     assert second.sampled is None
     assert [(e.token_id, e.logprob) for e in second.prompt] == [
-        (4, expected[3, 4]),
-        (5, expected[4, 5]),
+        (4, float(expected[3, 4])),
+        (5, float(expected[4, 5])),
     ]
     best = expected[3].topk(2)
     assert second.prompt[0].top == tuple(
@@ -76,7 +76,9 @@ def test_each_row_is_told_of_its_own_tokens() -> None:
     assert fourth.sampled is not None
     assert (fourth.sampled.token_id, len(fourth.sampled.top)) == (7, 3)
     assert fourth.sampled.logprob == expected[2, 7]
-    assert [(e.token_id, e.logprob, e.top) for e in fourth.prompt] == [(6, expected[5, 6], ())]
+    assert [(e.token_id, e.logprob, e.top) for e in fourth.prompt] == [
+        (6, float(expected[5, 6]), ())
+    ]
 
 
 def test_the_most_probable_token_has_the_highest_value_to_the_bit() -> None:
