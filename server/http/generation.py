@@ -6,7 +6,6 @@ Whoever starts a `Generation` must `aclose` it: that is what frees the engine wh
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from server.errors import (
 from server.http.caller import caller_of
 from server.http.deadline import deadline_of, within
 from server.http.disconnect import unless_gone
+from server.http.merged_streams import merged, next_of
 from server.http.request_log import note_generation
 from server.http.schemas import SamplingFields
 from server.http.services import Engine, OutputStream, Services, services_of
@@ -140,12 +140,12 @@ class Generation:
     async def outputs(self) -> AsyncGenerator[tuple[Choice, RequestOutput], None]:
         """Each increment, with the choice that has taken it. Raises `GenerationFailed`, `EngineStopped`."""
         if len(self._streams) > 1:
-            async with contextlib.aclosing(_merged(self._streams)) as merged:
-                async for number, output in merged:
+            async with contextlib.aclosing(merged(self._streams)) as together:
+                async for number, output in together:
                     yield self._take(number, output)
             return
         # One prompt is the usual case, and a task for each token would cost more than the rest of this layer.
-        while (gained := await _next(self._streams[0])) is not None:
+        while (gained := await next_of(self._streams[0])) is not None:
             yield self._take(0, gained)
 
     async def collect(self) -> list[Choice]:
@@ -169,7 +169,7 @@ class Generation:
             raise EngineStopped(output.error or "the request was ended; try again")
         if output.finish_reason is FinishReason.PREFIX_UNAVAILABLE:
             raise PrefixUnavailable(output.error or "the prefix of this task can not be loaded")
-        if output.finish_reason is FinishReason.DEADLINE and not self.num_output_tokens:
+        if output.finish_reason is FinishReason.DEADLINE and self._is_nothing(output):
             raise DeadlineExceeded("the request's time was over before its first token")
         if self._start.silent:
             output = _without_tokens(output)
@@ -180,6 +180,14 @@ class Generation:
         self.timings = output.timings
         self.prefix_tier = output.prefix_tier
         return choice, output
+
+    def _is_nothing(self, cut: RequestOutput) -> bool:
+        """Whether an answer would be empty, or lack what it was asked for: a prompt is told of with a choice's first token,
+        and a reader of an empty list would take it for a score.
+        """
+        if cut.num_output_tokens:
+            return False
+        return self._start.prompt_logprobs is not None or not self.num_output_tokens
 
 
 def _without_tokens(output: RequestOutput) -> RequestOutput:
@@ -194,34 +202,6 @@ def _without_tokens(output: RequestOutput) -> RequestOutput:
         stop_reason=None,
         logprobs=(),
     )
-
-
-async def _merged(
-    streams: Sequence[OutputStream],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """What the streams give, as it comes, each with its stream's number."""
-    waiting = {
-        asyncio.ensure_future(_next(stream)): number for number, stream in enumerate(streams)
-    }
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for future in done:
-                number = waiting.pop(future)
-                output = future.result()
-                if output is not None:
-                    waiting[asyncio.ensure_future(_next(streams[number]))] = number
-                    yield number, output
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-async def _next(stream: OutputStream) -> RequestOutput | None:
-    try:
-        return await stream.__anext__()
-    except StopAsyncIteration:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
