@@ -19,13 +19,14 @@ MAX_STOP_TOKEN_IDS: Final = 16
 MAX_TOKENS: Final = 1_000_000
 MAX_N: Final = 4
 MAX_LOGPROBS: Final = 20
-MAX_LOGIT_BIAS: Final = 1024
+MAX_LOGIT_BIAS: Final = 300
 
 
 class FinishReason(StrEnum):
     """Why a sequence ended. The last three carry an error text: the answer is not whole.
 
-    DEADLINE: its request's time was over; what there was by then is the answer. ABORT: by whoever asked, or by the server going down. PREFIX_UNAVAILABLE: its prefix could not be loaded.
+    DEADLINE: its request's time was over; what there was by then is the answer, told as `length`, or an error if that was nothing.
+    ABORT: by whoever asked, or by the server going down. PREFIX_UNAVAILABLE: its prefix could not be loaded.
     """
 
     STOP = "stop"

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.http.disconnect import unless_gone
 from server.http.generation import Choice, Generation, Start, start_generation
 from server.http.json_body import read_object, validated
 from server.http.logprobs import LogprobColumns
@@ -27,6 +28,7 @@ from server.http.schemas import CompletionRequest, StreamOptions
 from server.http.services import Engine, request_id_of, services_of
 from server.http.sse import Events, event
 from server.http.targets import find_target, session_key
+from server.http.tokenizing import tokenizer_room
 from server.http.unsupported import NOT_IN_COMPLETIONS, refuse_unsupported
 from server.types import RequestOutput, TokenLogprob
 
@@ -36,9 +38,13 @@ async def create_completion(request: Request) -> Response:
     services = services_of(request)
     body, silent = _read(await read_object(request, services.max_body_bytes))
     prompts = body.prompts()
-    # Before the target is looked up: from then on nothing may wait.
-    echoes = await _texts(services.engine, prompts) if body.echo else ()
-    target = find_target(services, body.model, "model", session_key(request, body.user))
+    key = session_key(request, body.user)
+    echoes = []
+    if body.echo:
+        find_target(services, body.model, "model", key)  # what names no model costs no work
+        with tokenizer_room(request, [p for p in prompts if isinstance(p, tuple)]):
+            echoes = await unless_gone(request.receive, _texts(services.engine, prompts))
+    target = find_target(services, body.model, "model", key)  # from here on nothing may wait
     request_id = request_id_of(request)
     start = Start(
         request_id,

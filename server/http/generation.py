@@ -31,7 +31,7 @@ from server.http.request_log import note_generation
 from server.http.schemas import SamplingFields
 from server.http.services import Engine, OutputStream, Services, services_of
 from server.http.targets import Defaults, Target, sampling_params
-from server.http.tokenizing import Prompt, tokenized, tokenizer_queue_of
+from server.http.tokenizing import Prompt, tokenized, tokenizer_room
 from server.http.told import within_bound
 from server.types import (
     FinishReason,
@@ -243,7 +243,7 @@ async def start_generation(request: Request, start: Start) -> Generation:
             raise ModelNotFound(str(error)) from None
     try:
         with _counted_rejections(services, start):
-            with tokenizer_queue_of(request).room_for(start.prompts):
+            with tokenizer_room(request, start.prompts):
                 special = start.fields.add_special_tokens is not False
                 encoded = tokenized(services.engine, start.prompts, special_tokens=special)
                 async with within(deadline):

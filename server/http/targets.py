@@ -151,8 +151,8 @@ def sampling_params(
 
 
 def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    """JSON has texts for keys."""
+    """JSON has texts for keys; a token has one, so that no two biases are of one token."""
     for key in given:
-        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key):
             raise InvalidParameter("logit_bias: expected token ids as keys", param="logit_bias")
     return tuple((int(key), bias) for key, bias in given.items())

@@ -136,6 +136,12 @@ def _timing_headers(services: Services, generation: Generation) -> dict[str, str
         "x-prompt-tokens": str(prompt),
         "x-generated-tokens": str(output),
         "x-total-tokens": str(prompt + output),
-        "x-model-id": services.model_id,
+        **_model_header(services.model_id),
         **({} if version is None else {"x-adapter-id": version.task}),
     }
+
+
+def _model_header(model_id: str) -> dict[str, str]:
+    """None for a name that a header can not hold: a folder may be called anything."""
+    fits = model_id.isascii() and model_id.isprintable()
+    return {"x-model-id": model_id} if fits else {}

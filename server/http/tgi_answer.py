@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server.errors import DeadlineExceeded
 from server.http.generation import Choice, Generation
 from server.http.services import Engine
 from server.http.sse import Events, event
@@ -39,8 +40,11 @@ class TgiAnswer:
         return answer
 
     async def events(self, generation: Generation) -> Events:
-        """An event per token; the last one has the whole text and the summary."""
+        """An event per token; the last one has the whole text and the summary. Raises `DeadlineExceeded`, `outputs`' errors."""
         async for choice, output in generation.outputs():
+            if choice.finish_reason is not None and not output.token_ids:
+                # An event is of a token, and there is none for the summary to come with.
+                raise DeadlineExceeded("the request's time was over; the text so far is not whole")
             yield b"".join(self._event(generation, choice, output, i) for i in _places(output))
 
     def _event(
@@ -51,9 +55,11 @@ class TgiAnswer:
         entry = output.logprobs[place] if output.logprobs else None
         # Joined, the texts of the tokens are the text: what is held back comes with a later one.
         text = output.text if place == len(output.token_ids) - 1 else ""
+        token = self._token(token_id, entry, text)
         value = {
             "index": choice.num_output_tokens - len(output.token_ids) + place + 1,
-            "token": self._token(token_id, entry, text),
+            # What was held back may come with the end: clients leave out the text of a special token.
+            "token": token | {"special": token["special"] and not text},
             "generated_text": self.before + choice.text if last else None,
             "details": self._summary(generation, choice) if last else None,
         }

@@ -23,7 +23,7 @@ from server.http.json_text import json_response
 from server.http.schemas import Body, TokenIds
 from server.http.services import Services, services_of
 from server.http.targets import find_target
-from server.http.tokenizing import Prompt, tokenized, tokenizer_queue_of
+from server.http.tokenizing import Prompt, tokenized, tokenizer_room
 
 _MODEL: Final = (
     "A task or the base model, whose room for tokens is told; the base model if left out"
@@ -58,7 +58,7 @@ async def tokenize(request: Request) -> Response:
     body = validated(TokenizeRequest, await read_object(request, services.max_body_bytes))
     max_model_len = services.engine.max_model_len - _num_virtual_tokens(services, body.model)
     prompt = _prompt(body)
-    with tokenizer_queue_of(request).room_for([prompt]):
+    with tokenizer_room(request, [prompt]):
         special = body.add_special_tokens is not False
         work = tokenized(services.engine, [prompt], special_tokens=special)
         (tokens,) = await unless_gone(request.receive, work)
@@ -79,7 +79,9 @@ async def detokenize(request: Request) -> Response:
     services = services_of(request)
     body = validated(DetokenizeRequest, await read_object(request, services.max_body_bytes))
     _num_virtual_tokens(services, body.model)
-    text = await unless_gone(request.receive, services.engine.detokenize(body.tokens, "tokens"))
+    with tokenizer_room(request, [tuple(body.tokens)]):
+        work = services.engine.detokenize(body.tokens, "tokens")
+        text = await unless_gone(request.receive, work)
     return json_response({"prompt": text})
 
 

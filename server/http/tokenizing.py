@@ -8,6 +8,7 @@ up in front of the tokenizer.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -15,10 +16,15 @@ from typing import Final, TypeAlias
 from starlette.requests import Request
 
 from server.errors import EngineOverloaded
+from server.http.caller import caller_of
 from server.http.services import Engine
 
-MAX_WAITING_CHARS: Final = 2**23
-"""Characters, because they are what costs: a burst of 4,000 short prompts fits, and 8 bodies of 1 MiB."""
+MAX_WAITING_CHARS: Final = 2**24
+"""Characters and token ids, because they are what costs. A tenant has half of it: a burst of 4,000 short prompts fits, and
+8 bodies of 1 MiB.
+"""
+_CHARS_OF_A_MESSAGE: Final = 64
+"""What a turn costs beside its text: a template runs for each, however short it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +36,38 @@ class Conversation:
 
     def __len__(self) -> int:
         """Its characters, near enough."""
-        return sum(len(message["content"]) for message in self.messages)
+        return sum(len(turn["content"]) + _CHARS_OF_A_MESSAGE for turn in self.messages)
 
 
 Prompt: TypeAlias = str | tuple[int, ...] | Conversation
 
 
 class TokenizerQueue:
-    """The characters that wait for the tokenizer. One per app."""
+    """The characters and token ids that wait for the tokenizer, by tenant. One per app."""
 
     def __init__(self) -> None:
-        self._num_chars = 0
+        self._waiting: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def room_for(self, prompts: Sequence[Prompt]) -> Iterator[None]:
-        """Held while `prompts` are encoded. Raises `EngineOverloaded`; never if nothing else waits."""
-        size = sum(len(prompt) for prompt in prompts if not isinstance(prompt, tuple))
-        if size and self._num_chars and self._num_chars + size > MAX_WAITING_CHARS:
-            raise EngineOverloaded("too many prompts wait for the tokenizer; try again later")
-        self._num_chars += size
+    def room_for(self, prompts: Sequence[Prompt], tenant: str) -> Iterator[None]:
+        """Held while `prompts` are encoded, or decoded. Raises `EngineOverloaded`; never if nothing else waits.
+
+        A tenant alone can fill half of the room: what it sends does not shut the others out.
+        """
+        size = sum(map(len, prompts))
+        for waiting, most in (
+            (self._waiting.total(), MAX_WAITING_CHARS),
+            (self._waiting[tenant], MAX_WAITING_CHARS // 2),
+        ):
+            if size and waiting and waiting + size > most:
+                raise EngineOverloaded("too many prompts wait for the tokenizer; try again later")
+        self._waiting[tenant] += size
         try:
             yield
         finally:
-            self._num_chars -= size
+            self._waiting[tenant] -= size
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
 
 
 async def tokenized(
@@ -72,8 +87,10 @@ async def _tokenized(engine: Engine, prompt: Prompt, special_tokens: bool) -> tu
             return prompt
 
 
-def tokenizer_queue_of(request: Request) -> TokenizerQueue:
-    """The queue of the app that got this request."""
+def tokenizer_room(
+    request: Request, prompts: Sequence[Prompt]
+) -> contextlib.AbstractContextManager[None]:
+    """The room for `prompts` in the queue of the app that got this request, for whoever sent it. Raises on entry as `room_for`."""
     queue = request.app.state.tokenizer_queue
     assert isinstance(queue, TokenizerQueue)
-    return queue
+    return queue.room_for(prompts, caller_of(request).tenant)

@@ -181,10 +181,12 @@ def test_a_chats_stream_has_them_beside_their_tokens(client: TestClient) -> None
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "logprobs"),
         ("/v1/completions", {"logit_bias": {"a": 1}}, "logit_bias"),
         ("/v1/completions", {"logit_bias": {"-1": 1}}, "logit_bias"),
+        ("/v1/completions", {"logit_bias": {"1": 100, "01": 100}}, "logit_bias"),
+        ("/v1/completions", {"logit_bias": {"+1": 1}}, "logit_bias"),
         ("/v1/completions", {"logit_bias": {"5": 101}}, "logit_bias"),
         ("/v1/completions", {"logit_bias": {"5": "x"}}, "logit_bias"),
         ("/v1/completions", {"logit_bias": [1]}, "logit_bias"),
-        ("/v1/completions", {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ("/v1/completions", {"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
         ("/generate", {"logprobs": 1}, "logprobs"),
     ],
 )

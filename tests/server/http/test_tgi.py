@@ -294,3 +294,37 @@ def test_the_info_says_what_serves_here(client: TestClient) -> None:
     assert info["model_id"] == "org/tiny"
     assert (info["max_input_tokens"], info["max_total_tokens"]) == (127, 128)
     assert info["version"] == "9.9.9"
+
+
+def test_a_stream_that_is_cut_ends_with_an_error(client: TestClient, engine: FakeEngine) -> None:
+    """Without tokens there is no event for the summary; a stream without either would look broken."""
+    engine.script = lambda request: [
+        words(request, "a", "b")[0],
+        RequestOutput(request.request_id, 0, "", (), 1, FinishReason.DEADLINE),
+    ]
+
+    token, problem = stream(client)
+
+    assert (token["token"]["text"], token["generated_text"]) == ("a", None)
+    assert problem["error_type"] == "incomplete_generation"
+    assert "time was over" in problem["error"]
+
+
+def test_text_that_comes_with_the_end_is_not_dropped_as_special(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    engine.script = lambda request: [
+        RequestOutput(request.request_id, 0, "held", (0,), 1),
+        RequestOutput(request.request_id, 0, "", (0,), 2, FinishReason.STOP),
+    ]
+
+    assert [event["token"]["special"] for event in stream(client)] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["org/модель", "org/é", "a\nb"])
+def test_a_name_that_no_header_can_hold_is_left_out_of_them(name: str) -> None:
+    client = TestClient(make_app(FakeEngine(), model_id=name))
+    answer = client.post("/generate", json=BODY)
+
+    assert answer.status_code == 200
+    assert "x-model-id" not in answer.headers
