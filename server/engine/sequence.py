@@ -121,7 +121,9 @@ class Sequence:
     @property
     def num_to_tell(self) -> int:
         """Tokens of the prompt whose log-probabilities are still to be computed."""
-        return self.num_tokens - self.num_told_tokens
+        if self.num_told_tokens == self.num_tokens:
+            return 0
+        return len(self.request.prompt_token_ids) - 1 - len(self.prompt_logprobs)
 
     def take_prompt_logprobs(self, start: int, entries: tuple[TokenLogprob, ...]) -> None:
         """Of the tokens that follow own token `start` and the next ones; those that are known, after a preemption, stay."""

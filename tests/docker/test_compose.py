@@ -96,7 +96,7 @@ def test_prometheus_scrapes_the_server_under_a_name_that_it_has(service: str) ->
 
 
 def test_prometheus_sends_the_key_that_metrics_asks_for() -> None:
-    assert SCOPES["/metrics"] is Scope.INFER
+    assert SCOPES["/metrics"] is Scope.METRICS, "which the API key has too"
     [scrape] = PROMETHEUS["scrape_configs"]
     secret = Path(scrape["authorization"]["credentials_file"])
     assert secret.parent == Path("/run/secrets")

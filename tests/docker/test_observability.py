@@ -14,6 +14,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # its stubs would be one more dependency
 
 from loadtest.cli_bench import bench
+from server.cli_keys import create
 from server.config import ServeConfig
 from server.metrics import Metrics
 
@@ -194,7 +195,8 @@ def test_settings_named_in_operations_exist() -> None:
     named = re.findall(r"`--(?:no-)?([a-z-]+)", OPERATIONS)
     flags = {flag.replace("-", "_") for flag in named}
     variables = {name.lower() for name in re.findall(r"\bPREFIXD_(\w+)", OPERATIONS)}
-    of_bench = inspect.signature(bench).parameters.keys() | {"json"}
+    of_others = inspect.signature(bench).parameters.keys() | {"json"}
+    of_others |= inspect.signature(create).parameters.keys()
     assert flags
-    assert flags - of_bench <= ServeConfig.model_fields.keys()
+    assert flags - of_others <= ServeConfig.model_fields.keys()
     assert variables <= ServeConfig.model_fields.keys()

@@ -123,7 +123,8 @@ class Twin:
         return any(record in self.dropped for _, record in self.leased[reader])
 
     def drop(self, reader: Reader) -> None:
-        if not self.leased[reader] or self.is_cut_off(reader):
+        nothing_known = not self.leased[reader] and len(reader.chain.keys) == 1
+        if nothing_known or self.is_cut_off(reader):
             return
         *whose, first = reader.key(0)
         fallen = [k for k in self.records if [*k[:3]] == whose and k[3][:SIZE] == first]
