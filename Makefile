@@ -22,7 +22,7 @@ WARM := $(BIN)/python -c \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve demo-model test test-kernels check bench bench-own bench-vllm bench-methods bench-gpu fuzz independence kill-loop crash fmt clean
+.PHONY: help install demo serve demo-model test test-kernels check bench bench-own bench-vllm bench-methods bench-gpu fuzz independence kill-loop crash chaos fmt clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -80,6 +80,9 @@ kill-loop: .venv/.dev ## SIGKILL the server 2,000 times and look for what it ack
 
 crash: .venv/.dev ## crash the store at every point of every scenario, on files that forget what was not synced
 	$(BIN)/python -m tests.prefix_store.crash $(ARGS)
+
+chaos: .venv/.dev ## kill, drain, leave and slow down real servers thousands of times; ARGS="engine slow --scale 0.1"
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 fmt: .venv/.dev ## fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .

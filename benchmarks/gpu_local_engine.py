@@ -86,6 +86,10 @@ class LocalEngine:
         """What the prefetch workers ask."""
         return HeldPrefix(self.prefixes[digest])
 
+    def is_on_host(self, digest: str) -> bool:
+        """All of them are."""
+        return digest in self.prefixes
+
     def run(self, requests: Sequence[GenerationRequest]) -> float:
         """Serves them all, all at once; seconds until the last is done."""
         self.first_token_seconds.clear()

@@ -24,6 +24,7 @@ from prefix_store.spec import BaseModelRef, PrefixManifest
 from server.bootstrap import build_engine
 from server.config import ServeConfig
 from server.engine.request_stream import RequestStream
+from server.host_threads import give_helpers_back
 from server.types import (
     GenerationRequest,
     PrefixTier,
@@ -95,8 +96,15 @@ class Prefixd:
         return [tuple(requests)]
 
     def serve(self, requests: tuple[Request, ...], output_len: int) -> Call:
-        """Evicts every prefix if cold, then submits all requests and reads all streams to their ends."""
-        return self._loop.run(self._serve(requests, output_len))
+        """Evicts every prefix if cold, then submits all requests and reads all streams to their ends.
+
+        Who computes has the cores to itself, in prefixd's turn and in those of others: here, unlike in a server, the main
+        thread computes too, as it uploads prefixes and runs peers (`server.host_threads`).
+        """
+        give_helpers_back()
+        call = self._loop.run(self._serve(requests, output_len))
+        self._loop.run(self._serving.engine.run(give_helpers_back))
+        return call
 
     def close(self) -> None:
         self._loop.run(self._serving.stop())

@@ -26,10 +26,12 @@ from prefix_store.spec import BaseSpec
 from server import __version__
 from server.config import ServeConfig
 from server.engine.admission import EngineLimits
-from server.engine.async_engine import AsyncEngine, EngineObserver
+from server.engine.async_engine import AsyncEngine
 from server.engine.core import EngineParts
 from server.engine.intake import Intake
+from server.engine.observer import EngineObserver
 from server.engine.prefix_compiler import PrefixCompiler
+from server.engine.proof_of_life import ProofOfLife
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
 from server.errors import ConfigError, InvalidParameter, PinRefused
@@ -114,6 +116,7 @@ class Application:
     metrics: Metrics
     app: FastAPI
     start_seconds: float
+    life: ProofOfLife
 
 
 def build(config: ServeConfig) -> Application:
@@ -155,16 +158,24 @@ def build(config: ServeConfig) -> Application:
         admin_key=config.admin_key.get_secret_value(),
         api_key=config.api_key.get_secret_value() if config.api_key else None,
         max_body_bytes=int(config.max_body_bytes),
+        max_request_seconds=config.max_request_seconds,
+        hang_seconds=config.hang_seconds,
         version=__version__,
         audit=audit,
     )
+
+    life = ProofOfLife(serving.engine, repeatable=model.device.type == "cpu")
+
+    async def start() -> None:
+        await serving.start()
+        await life.prove()
 
     async def stop() -> None:
         await serving.stop()
         audit.close()
 
-    app = create_app(services, on_startup=serving.start, on_shutdown=stop)
-    return Application(serving, metrics, app, seconds)
+    app = create_app(services, on_startup=start, on_shutdown=stop)
+    return Application(serving, metrics, app, seconds, life)
 
 
 def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine:
@@ -316,6 +327,7 @@ def _wire(
             block_size=pool.block_size,
             vocab_size=model.vocab_size,
             max_num_queued=config.max_num_queued,
+            max_num_queued_tokens=config.max_num_queued_tokens,
         ),
         observer,
         seeds=random.SystemRandom() if config.seed is None else random.Random(config.seed),  # noqa: S311 - sampling, no secret

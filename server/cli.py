@@ -13,11 +13,10 @@ Heavy libraries are imported by the command that needs them, so that `--help` an
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import SecretStr
@@ -46,22 +45,15 @@ from server.errors import ConfigError, GenerationFailed, PrefixdError
 from server.log import set_up_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from types import FrameType
-
     import uvicorn
 
     from prefix_store.spec import PrefixVersion
     from server.bootstrap import Application, ServingEngine
+    from server.process import OnStarted
     from server.types import SamplingParams
 
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
-KEEP_ALIVE_SECONDS: Final = (
-    75  # longer than a client's pool keeps its side open, or requests get lost
-)
-DRAIN_SECONDS: Final = 30
-FAREWELL_SECONDS: Final = 3  # before the end of the drain, answers that are still open are ended
 _HIDDEN: Final = "********"
 
 app = App(
@@ -173,9 +165,6 @@ def run_demo(
     return status if all(came_out) and came_out else 1
 
 
-OnStarted: TypeAlias = "Callable[[Application, uvicorn.Server, str], Coroutine[None, None, None]]"
-
-
 async def _print_banner(application: Application, _: uvicorn.Server, url: str) -> None:
     from server.banner import start_up_summary
 
@@ -183,19 +172,14 @@ async def _print_banner(application: Application, _: uvicorn.Server, url: str) -
 
 
 def _serve(config: ServeConfig, on_started: OnStarted) -> int:
-    """Runs the server; `on_started` runs beside it as soon as it answers."""
+    """Runs the server, as `server.process.run` does."""
     check_exposure(config, keys_made=KeyStore.has_keys(config.store_dir / "keys"))
     # Before the model is loaded: a taken port should not cost a load.
     with _bind(config.host, config.port) as listener:
-        from server import bootstrap
+        from server import bootstrap, process
 
         application = bootstrap.build(config)
-        server = _make_server(application, on_started, _url(config.host, listener))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # uvicorn drains, then raises the signal again for whoever was there before it.
-            signal.signal(number, _already_handled)
-        server.run(sockets=[listener])
-    return 0 if server.started else 1
+        return process.run(application, listener, _url(config.host, listener), on_started)
 
 
 def _level(config: ServeConfig, otherwise: str) -> str:
@@ -223,52 +207,6 @@ def _bind(host: str, port: int) -> socket.socket:
 def _url(host: str, listener: socket.socket) -> str:
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
-
-
-def _already_handled(_: int, __: FrameType | None) -> None:
-    """The server has drained on this signal; there is nothing left to do."""
-
-
-async def _end_streams(application: Application, after_seconds: float) -> None:
-    await asyncio.sleep(after_seconds)
-    application.serving.engine.end_streams("the server is shutting down; try again")
-
-
-def _make_server(application: Application, on_started: OnStarted, url: str) -> uvicorn.Server:
-    """uvicorn in one process, telling when it is up and, to the probes, when it goes down."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                self.greeting = asyncio.create_task(on_started(application, self, url))
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # uvicorn waits for open answers, then cuts them; those still open shortly before get a last word.
-            ending = asyncio.create_task(
-                _end_streams(application, DRAIN_SECONDS - FAREWELL_SECONDS)
-            )
-            await super().shutdown(sockets)
-            ending.cancel()
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            application.app.state.lifecycle.draining = True
-            super().handle_exit(sig, frame)
-
-    return Server(
-        uvicorn.Config(
-            application.app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            lifespan="on",
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-    )
 
 
 # ---- generate ----------------------------------------------------------------------------------

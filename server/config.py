@@ -34,6 +34,7 @@ from pydantic_settings import (
 
 from prefix_store.errors import InvalidTaskName
 from prefix_store.spec import check_task_name
+from server.config_errors import describe
 from server.config_file import TomlFile, read_toml
 from server.errors import ConfigError
 
@@ -160,6 +161,12 @@ class ServeConfig(BaseSettings):
     max_body_bytes: Annotated[_Bytes, Parameter(group=_NETWORK)] = Field(
         default=ByteSize(2**20), ge=1024, le=2**26, description="Largest JSON body"
     )
+    max_request_seconds: Annotated[float, Parameter(group=_NETWORK)] = Field(
+        default=3600, gt=0, le=10**6, description="Longest that a request may take, from arrival on"
+    )
+    drain_seconds: Annotated[float, Parameter(group=_NETWORK)] = Field(
+        default=30, ge=0, le=3600, description="What running requests get to finish after SIGTERM"
+    )
 
     store: Annotated[Path | None, Parameter(group=_STORE)] = Field(
         default=None, description="Folder of the prefix store; per user and model if left out"
@@ -183,6 +190,18 @@ class ServeConfig(BaseSettings):
     )
     max_num_queued: Annotated[int, Parameter(group=_ENGINE)] = Field(
         default=1024, ge=1, le=2**20, description="Waiting sequences before requests are refused"
+    )
+    max_num_queued_tokens: Annotated[int, Parameter(group=_ENGINE)] = Field(
+        default=2**20,
+        ge=1,
+        le=2**30,
+        description="Prompt tokens before their first answer, likewise",
+    )
+    hang_seconds: Annotated[float, Parameter(group=_ENGINE)] = Field(
+        default=300,
+        gt=0,
+        le=86_400,
+        description="A longer step is a hang: the process ends with code 75",
     )
     max_model_len: Annotated[int | None, Parameter(group=_ENGINE)] = Field(
         default=None,
@@ -227,7 +246,7 @@ class ServeConfig(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_describe(error)) from None
+            raise ConfigError(describe(error, ENV_PREFIX, _SECRETS)) from None
         self._origins.update(_origins_of(values))
 
     @classmethod
@@ -281,21 +300,6 @@ def _origins_of(given: dict[str, Any]) -> dict[str, str]:
         elif name in in_file:
             origins[name] = f"file {path}"
     return origins
-
-
-def _describe(error: ValidationError) -> str:
-    """One line per bad setting, under all the names that a user may know it by; never a secret's value."""
-    lines = []
-    for fault in error.errors(include_url=False, include_context=False):
-        name = str(fault["loc"][0])
-        got = "" if name in _SECRETS else f" (got {str(fault['input'])[:80]!r})"
-        flag = f"--{name.replace('_', '-')} / {ENV_PREFIX}{name.upper()}"
-        message = fault["msg"].removeprefix("Value error, ")
-        lines.append(f"{flag}: {message}{got}")
-        if str(fault["input"]).startswith("tcp://"):
-            # A Kubernetes Service called "prefixd" puts its own PREFIXD_PORT into every pod.
-            lines.append("Kubernetes set this variable: use enableServiceLinks: false")
-    return "\n".join(lines)
 
 
 def _state_dir() -> Path:

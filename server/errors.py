@@ -10,6 +10,7 @@
      |    `-- ModelNotFound          no such task (or version of it); `param` is model or task
      |-- PinRefused                  pinned prefixes would hold more of the pool than their budget
      |-- EngineOverloaded            the queue is full; try again later
+     |-- DeadlineExceeded            its time was over before its first token
      |-- EngineStopped               the engine is shutting down or has died
      `-- GenerationFailed            this request failed while it ran; others did not
 
@@ -61,6 +62,10 @@ class PinRefused(PrefixdError):
 
 class EngineOverloaded(PrefixdError):
     """Too many requests are waiting."""
+
+
+class DeadlineExceeded(PrefixdError):
+    """The time that a request may take was over before it had a token to show."""
 
 
 class EngineStopped(PrefixdError):

@@ -10,9 +10,13 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 _TEXT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_OF_A_REQUEST: Final = (
+    "tenant", "key_id", "method", "route", "status", "seconds", "request_bytes", "response_bytes", "task", "version", "digest",
+    "prompt_tokens", "output_tokens", "cached_tokens", "prefix_tier", "finish_reasons", "queue_seconds", "first_token_seconds",
+)  # fmt: skip
 _QUIET: Final = ("httpx2", "httpcore2", "filelock", "asyncio", "urllib3")
 
 
@@ -20,8 +24,8 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's time, level, origin, message, and the request id if it has one."""
-        line = {
+        """The record's time, level, origin and message; of a request its id and, when it has ended, its figures."""
+        line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -30,6 +34,8 @@ class JsonFormatter(logging.Formatter):
         request_id = getattr(record, "request_id", None)
         if request_id is not None:
             line["request_id"] = str(request_id)
+        request = getattr(record, "request", {})
+        line |= {name: request[name] for name in _OF_A_REQUEST if name in request}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)

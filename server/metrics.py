@@ -1,6 +1,6 @@
 """Every Prometheus series of the server, in one file.
 
-`Metrics` implements `server.engine.async_engine.EngineObserver`; it and the HTTP layer write on the event
+`Metrics` implements `server.engine.observer.EngineObserver`; it and the HTTP layer write on the event
 loop, `render` runs in a worker thread (the client library locks each value). Nothing below imports it.
 
 Labels are bounded: a task gets series of its own while there are fewer than `max_tasks`, later ones share
@@ -29,9 +29,9 @@ MAX_FORGOTTEN: Final = 4096
 """Deleted tasks that are remembered: reports about them come until their last request has ended."""
 
 ENDPOINTS: Final = ("completions", "generate")
-OUTCOMES: Final = ("stop", "length", "cancelled", "error", "rejected")
+OUTCOMES: Final = ("stop", "length", "deadline", "cancelled", "error", "rejected")
 AUTH_FAILURES: Final = ("missing", "malformed", "wrong", "expired", "revoked", "scope")
-REJECTIONS: Final = ("queue_full", "stopped", "too_long")
+REJECTIONS: Final = ("queue_full", "stopped", "too_long", "deadline")
 _ROLE: Final = ("task", "version_role")
 _OPENMETRICS: Final = "application/openmetrics-text"
 _TIERS: Final = tuple(str(tier) for tier in PrefixTier if tier is not PrefixTier.NONE)

@@ -7,7 +7,7 @@ reverse. Knows nothing of torch, HTTP or the store's files.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -25,11 +25,12 @@ MAX_LOGIT_BIAS: Final = 1024
 class FinishReason(StrEnum):
     """Why a sequence ended. The last three carry an error text: the answer is not whole.
 
-    ABORT: by whoever asked, or by the server going down. PREFIX_UNAVAILABLE: its prefix could not be loaded.
+    DEADLINE: its request's time was over; what there was by then is the answer. ABORT: by whoever asked, or by the server going down. PREFIX_UNAVAILABLE: its prefix could not be loaded.
     """
 
     STOP = "stop"
     LENGTH = "length"
+    DEADLINE = "deadline"
     ABORT = "abort"
     PREFIX_UNAVAILABLE = "prefix_unavailable"
     ERROR = "error"
@@ -182,6 +183,8 @@ class GenerationRequest:
     `version_role`: live or canary, for metrics; empty for a request that names a version, or no task.
     `cache_salt`: only requests of one salt share blocks of the prompt cache; the tenant is in it. `tenant`: who asks,
     empty for the operator; `tenant_weight`: its share of the work, beside others'.
+    `deadline`: monotonic seconds when it ends, whatever it has by then. `endpoint`: empty for requests of our own, which are
+    in no statistics.
     """
 
     request_id: str
@@ -193,6 +196,7 @@ class GenerationRequest:
     cache_salt: str = ""
     tenant: str = ""
     tenant_weight: float = 1.0
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,16 @@ class RequestOutput:
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    def followed_by(self, later: RequestOutput) -> RequestOutput:
+        """This increment and a later one of the same choice, as one."""
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            prompt_logprobs=self.prompt_logprobs + later.prompt_logprobs,
+        )
 
 
 @dataclass(frozen=True, slots=True)

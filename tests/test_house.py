@@ -34,7 +34,7 @@ LONGER_FOR_A_REASON = {
 }
 # Smallness is a feature. Whoever raises a budget says in the commit what the lines are for.
 BUDGET_LINES = {
-    "server": 17_500,
+    "server": 19_000,
     "prefix_store": 5_400,
     "demo": 2_500,
     "converter": 1_300,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from server.errors import ContextTooLong, InvalidParameter
+from server.errors import ContextTooLong, EngineOverloaded, InvalidParameter
 from server.types import GenerationRequest, PrefixRef
 
 
@@ -16,7 +16,8 @@ from server.types import GenerationRequest, PrefixRef
 class EngineLimits:
     """What a single request may ask for. `max_model_len` counts prefix, prompt and output tokens.
 
-    `position_limit`: positions that the model has. `pool_blocks`: blocks that can be handed out in all.
+    `position_limit`: positions that the model has. `max_num_queued`, in sequences, and `max_num_queued_tokens` bound what all
+    of them together may wait for. `pool_blocks`: blocks that can be handed out in all.
     """
 
     max_model_len: int
@@ -25,6 +26,27 @@ class EngineLimits:
     block_size: int
     vocab_size: int
     max_num_queued: int
+    max_num_queued_tokens: int = 2**20
+
+    def check_queue(
+        self, request: GenerationRequest, num_waiting: int, num_waiting_tokens: int
+    ) -> None:
+        """Raises `EngineOverloaded` if too much is before it: sequences that wait, tokens of prompts without an answer.
+
+        A prompt before which nothing waits is taken, whatever its length.
+        """
+        if num_waiting + request.sampling.n > self.max_num_queued:
+            raise EngineOverloaded(
+                f"{num_waiting} sequences are waiting; at most {self.max_num_queued} may (max_num_queued)"
+            )
+        if num_waiting_tokens + len(request.prompt_token_ids) > max(
+            self.max_num_queued_tokens, len(request.prompt_token_ids)
+        ):
+            raise EngineOverloaded(
+                f"{num_waiting_tokens} prompt tokens are waiting; with this prompt's "
+                f"{len(request.prompt_token_ids)} it would be more than {self.max_num_queued_tokens} "
+                "(max_num_queued_tokens)"
+            )
 
     def room(self, prefix: PrefixRef | None, num_prompt_tokens: int) -> int:
         """The most tokens that an answer to such a prompt may have; 0 or less if there may be none."""

@@ -17,8 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, TypeVar
 
 from server.engine.admission import EngineLimits, check_token_ids
 from server.engine.calls import EngineCall, EngineCalls
@@ -33,12 +32,13 @@ from server.engine.messages import (
     UnpinTask,
     WarmPrefix,
 )
+from server.engine.observer import EngineObserver, EngineStatus
 from server.engine.orders import Orders
 from server.engine.output_processor import OutputProcessor
-from server.engine.prefetch import Prefetcher, PrefixAnswer, PrefixSource
+from server.engine.prefetch import LOOK_SECONDS, Prefetcher, PrefixAnswer, PrefixSource
 from server.engine.request_stream import RequestStream
 from server.engine.tokenizer import Tokenizer
-from server.errors import EngineOverloaded, EngineStopped
+from server.errors import DeadlineExceeded, EngineStopped
 from server.host_threads import compute_alone
 from server.types import (
     DeviceReport,
@@ -47,7 +47,6 @@ from server.types import (
     PinState,
     PrefixRef,
     RequestOutput,
-    RequestStats,
     StepStats,
     TokenizerFacts,
     TokenText,
@@ -57,23 +56,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
-class EngineObserver(Protocol):
-    """Who wants the engine's figures: `server.metrics.Metrics`. Called on the event loop."""
-
-    def on_step(self, stats: StepStats) -> None: ...
-
-    def on_request(self, stats: RequestStats) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """Whether the engine thread lives, and how long ago it last came round its loop."""
-
-    alive: bool
-    heartbeat_age_seconds: float
-    num_running: int
-    num_waiting: int
+JOIN_SECONDS: Final = 10.0
+"""What a step may still take when the engine is stopped."""
 
 
 class AsyncEngine:
@@ -97,7 +81,12 @@ class AsyncEngine:
         self._block_bytes = parts.block_bytes
         self._inbox: Inbox[Message | PrefixAnswer | EngineCall] = Inbox()
         self._calls = EngineCalls(self._inbox.put)
-        self._prefetcher = Prefetcher(source, self._inbox.put, parts.stage)
+        self._prefetcher = Prefetcher(
+            source,
+            self._inbox.put,
+            parts.stage,
+            bytes_per_token=parts.block_bytes / parts.blocks.block_size,
+        )
         self._core = EngineCore(parts, self._prefetcher.request, time.monotonic, debug=debug)
         self._streams: dict[str, RequestStream] = {}
         self._orders = Orders(self._inbox.put)
@@ -108,6 +97,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._heartbeat = time.monotonic()
         self._stopping = False
+        self._died = False
         self._last_stats: StepStats | None = None
 
     # ---- event loop: life ----------------------------------------------------------------------
@@ -119,11 +109,14 @@ class AsyncEngine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Stops the engine thread after its current step; streams that are open end with an error."""
+        """Stops the engine thread after its current step; streams that are open end with an error.
+
+        A step that does not end is not waited for: the thread dies with the process.
+        """
         self._stopping = True
         self._inbox.close()
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
         self._prefetcher.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self.end_streams("the server is shutting down")
@@ -146,6 +139,17 @@ class AsyncEngine:
             num_running=stats.num_running if stats else 0,
             num_waiting=stats.num_waiting + stats.num_waiting_for_prefix if stats else 0,
         )
+
+    @property
+    def heartbeat(self) -> float:
+        """Monotonic seconds when the engine thread last came round its loop; it does so every second while idle."""
+        return self._heartbeat
+
+    @property
+    def died(self) -> bool:
+        """Whether the engine thread has ended although nobody stopped it."""
+        started = self._thread.ident is not None
+        return self._died or (started and not self._stopping and not self._thread.is_alive())
 
     # ---- event loop: requests ------------------------------------------------------------------
 
@@ -187,19 +191,19 @@ class AsyncEngine:
         return self._tokenizer.facts()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`,
+        """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`, `DeadlineExceeded`,
         `EngineStopped`; once it returns, every choice ends with a finish reason.
         """
         self._limits.check(request)
         self._require_running()
-        waiting = self._num_waiting()
-        if waiting + request.sampling.n > self._limits.max_num_queued:
-            raise EngineOverloaded(
-                f"{waiting} sequences are waiting; at most {self._limits.max_num_queued} may (max_num_queued)"
-            )
+        self._limits.check_queue(request, self._num_waiting(), self._num_waiting_tokens())
         assert request.request_id not in self._streams, "request ids are ours and unique"
         arrival, seed = time.monotonic(), request.sampling.seed
+        if request.deadline is not None and request.deadline <= arrival:
+            raise DeadlineExceeded("the request's time was over before it could begin")
         stream = RequestStream(OutputProcessor(request, self._tokenizer, arrival), self.abort)
+        if request.deadline is not None:
+            stream.expire_after(request.deadline - arrival, self._expire)
         self._streams[request.request_id] = stream
         seed = self._seeds.getrandbits(63) if seed is None else seed
         self._inbox.put(AddRequest(request, seed, arrival))
@@ -212,6 +216,16 @@ class AsyncEngine:
             self._inbox.put(AbortRequest(request_id))
             stream.end()
             self._account(stream.processor, "cancelled")
+
+    def _expire(self, request_id: str) -> None:
+        """The request's time is over: it ends wherever it stands, with what it has."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._inbox.put(AbortRequest(request_id))
+            for output in stream.processor.cut(FinishReason.DEADLINE):
+                stream.put(output)
+            stream.end()
+            self._account(stream.processor, "deadline")
 
     # ---- event loop: prefixes ------------------------------------------------------------------
 
@@ -256,6 +270,15 @@ class AsyncEngine:
         taken = sum(s.processor.request.sampling.n for s in self._streams.values())
         return taken - (self._last_stats.num_running if self._last_stats else 0)
 
+    def _num_waiting_tokens(self) -> int:
+        """Prompt tokens of requests that have no answer yet; counted anew, likewise."""
+        processors = (stream.processor for stream in self._streams.values())
+        return sum(
+            len(p.request.prompt_token_ids)
+            for p in processors
+            if p.timings.first_token_seconds is None
+        )
+
     # ---- event loop: what comes back -----------------------------------------------------------
 
     def _deliver(self, result: StepResult) -> None:
@@ -292,20 +315,8 @@ class AsyncEngine:
     def _account(
         self, processor: OutputProcessor, outcome: str, last: RequestOutput | None = None
     ) -> None:
-        request = processor.request
-        self._observer.on_request(
-            RequestStats(
-                task=request.prefix.task if request.prefix else "",
-                endpoint=request.endpoint,
-                outcome=outcome,
-                prefix_tier=processor.prefix_tier,
-                num_prompt_tokens=len(request.prompt_token_ids),
-                num_output_tokens=processor.num_output_tokens,
-                timings=last.timings if last else processor.timings,
-                inter_token_seconds=tuple(processor.inter_token_seconds),
-                version_role=request.version_role,
-            )
-        )
+        if processor.request.endpoint:  # else it is our own, and in no statistics
+            self._observer.on_request(processor.stats(outcome, last.timings if last else None))
 
     def _fail(self, stream: RequestStream, error: str, reason: FinishReason) -> None:
         del self._streams[stream.processor.request.request_id]
@@ -321,13 +332,16 @@ class AsyncEngine:
         assert self._loop is not None
         try:
             while not self._stopping:
-                messages = self._inbox.drain(wait_seconds=0.0 if self._core.has_work() else 1.0)
+                idle_seconds = LOOK_SECONDS if self._prefetcher.is_waiting else 1.0
+                messages = self._inbox.drain(0.0 if self._core.has_work() else idle_seconds)
                 self._heartbeat = time.monotonic()
+                self._prefetcher.give_up_late(self._heartbeat)
                 if messages or self._core.has_work():
                     self._post(self._deliver, self._core.step(messages))
-        except Exception:
+        except BaseException:
+            # Whatever it is: the clients must hear of it, and the process must not live on without an engine.
             logger.exception("the engine thread died")
-            self._stopping = True
+            self._died = self._stopping = True
             self._post(self.end_streams, "the engine has failed")
             raise
 

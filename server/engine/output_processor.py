@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 
 from server.engine.messages import SequenceOutput
 from server.engine.tokenizer import Detokenizer, Tokenizer
-from server.types import FinishReason, GenerationRequest, PrefixTier, RequestOutput, RequestTimings
+from server.types import (
+    FinishReason,
+    GenerationRequest,
+    PrefixTier,
+    RequestOutput,
+    RequestStats,
+    RequestTimings,
+)
 
 
 class StopStringMatcher:
@@ -138,6 +145,43 @@ class OutputProcessor:
                     )
                 )
         return outputs
+
+    def cut(self, reason: FinishReason) -> list[RequestOutput]:
+        """Ends every choice that has not ended with the text that it has, also what was held back."""
+        outputs = []
+        for index, choice in enumerate(self._choices):
+            if not choice.finished:
+                choice.finished = True
+                text, stop = choice.stops.push(choice.detokenizer.flush())
+                outputs.append(
+                    RequestOutput(
+                        request_id=self.request.request_id,
+                        index=index,
+                        text=text if stop else text + choice.stops.flush(),
+                        token_ids=(),
+                        num_output_tokens=choice.num_output_tokens,
+                        finish_reason=FinishReason.STOP if stop else reason,
+                        stop_reason=stop,
+                        prefix_tier=self.prefix_tier,
+                        timings=self.timings,
+                    )
+                )
+        return outputs
+
+    def stats(self, outcome: str, timings: RequestTimings | None = None) -> RequestStats:
+        """The figures of the request, now that it has ended; `timings`: of its last increment, if it had one."""
+        prefix = self.request.prefix
+        return RequestStats(
+            task=prefix.task if prefix else "",
+            endpoint=self.request.endpoint,
+            outcome=outcome,
+            prefix_tier=self.prefix_tier,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_output_tokens=self.num_output_tokens,
+            timings=timings or self.timings,
+            inter_token_seconds=tuple(self.inter_token_seconds),
+            version_role=self.request.version_role,
+        )
 
     def _text(self, choice: _Choice, output: SequenceOutput) -> tuple[str, str | None]:
         """Text to give out now, and the stop string that ended it. A stop token has no text."""

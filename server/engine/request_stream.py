@@ -6,45 +6,77 @@ Made and filled by `AsyncEngine`; read and closed by the HTTP layer or the offli
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 from server.engine.output_processor import OutputProcessor
 from server.types import RequestOutput
+
+MAX_WAITING: Final = 64
+"""Increments that wait for a reader one by one; those of one who is further behind grow together."""
 
 
 class RequestStream(AsyncIterator[RequestOutput]):
     """The increments of one request, all choices interleaved, until each has a finish reason.
 
-    Increments that a slow reader has not taken yet wait here; there are at most `max_tokens` per choice.
+    What a slow reader has not taken yet waits here: at most `MAX_WAITING` increments and one a choice, and in them the text
+    and token ids that the request has gained.
     """
 
     def __init__(self, processor: OutputProcessor, abort: Callable[[str], None]) -> None:
         self.processor = processor
         self._abort = abort
-        self._queue: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+        self._waiting: deque[RequestOutput] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
         self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, output: RequestOutput) -> None:
         """Hands over an increment."""
-        self._queue.put_nowait(output)
+        if len(self._waiting) < MAX_WAITING or not self._join_last(output):
+            self._waiting.append(output)
+        self._arrived.set()
 
     def end(self) -> None:
         """No increment comes any more: lets a reader go that waits for one."""
-        self._queue.put_nowait(None)
+        self._ended = True
+        self._arrived.set()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def expire_after(self, seconds: float, expire: Callable[[str], None]) -> None:
+        """Calls `expire` with the request's id, unless the stream ends before."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(seconds, expire, self.processor.request.request_id)
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        output = None if self._closed else await self._queue.get()
-        if output is None:
-            self._closed = True
-            raise StopAsyncIteration
-        return output
+        while not self._closed:
+            if self._waiting:
+                return self._waiting.popleft()
+            if self._ended:
+                break
+            self._arrived.clear()
+            await self._arrived.wait()
+        self._closed = True
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Ends the stream; aborts the request if it still runs. May be called at any time, repeatedly."""
         self._closed = True
+        self._waiting.clear()
         self.end()
         if not self.processor.finished:
             self._abort(self.processor.request.request_id)
+
+    def _join_last(self, output: RequestOutput) -> bool:
+        """Makes `output` a part of the last increment of its choice that waits, if there is one."""
+        for position in range(len(self._waiting) - 1, -1, -1):
+            if self._waiting[position].index == output.index:
+                self._waiting[position] = self._waiting[position].followed_by(output)
+                return True
+        return False

@@ -28,6 +28,7 @@ from itertools import count, islice
 from server.engine.device_orders import DeviceOrders
 from server.engine.fair_shares import OUTPUT_TOKEN, PROMPT_TOKEN, FairShares, by_turns
 from server.engine.messages import (
+    MAX_TOLD_TOKENS,
     AbortRequest,
     AddRequest,
     Message,
@@ -93,6 +94,8 @@ class Scheduler:
         self._arrivals = count()
         self._loads = PrefixLoads(prefixes, limits.max_num_seqs)
         self._shares = FairShares()
+        # A step takes so few tokens of prompts that are told; a token of them has as much of it as many others.
+        self._told_cost = max(limits.max_num_batched_tokens / MAX_TOLD_TOKENS, 1.0)
         self._device_orders = DeviceOrders(prefixes, self._pins, self._loads, prompt_cache)
         self._under_way: SchedulerOutput | None = None
         self._wipe_block_ids: list[int] = []  # of rows that failed, for the next plan
@@ -267,7 +270,9 @@ class Scheduler:
         aside = set[Sequence]()
         for seq in self._shares.in_turn(at_hand):
             still = self._prefix_at_hand(seq, step)  # room for another may have cost it its prefix
-            if not still or seq.is_full or self._is_anticipated(seq, step):
+            # Those whose prompts are told take turns: else they would hold places and blocks, and idle.
+            idle = seq.is_full or (step.told_budget == 0 and seq.num_to_tell > 0)
+            if not still or idle or self._is_anticipated(seq, step):
                 aside.add(seq)
             elif not self._has_place(seq, step) or not self._admit(seq, step, now):
                 break
@@ -339,7 +344,9 @@ class Scheduler:
         seq.become(SequenceStatus.RUNNING)
         # What is computed again after a preemption was another's doing.
         num_new = 0 if seq.num_preemptions else seq.num_uncomputed_tokens
-        self._shares.serve(seq.request, PROMPT_TOKEN * num_new)
+        num_told = 0 if seq.num_preemptions else seq.num_to_tell
+        cost = num_new + num_told * (self._told_cost - 1)
+        self._shares.serve(seq.request, PROMPT_TOKEN * cost)
         if seq.first_scheduled is None:
             seq.first_scheduled = now
             self._count_hits(seq, seq.num_tokens, seq.num_computed_tokens)
@@ -519,7 +526,7 @@ class Scheduler:
         self._pins.check_invariants()
         self._loads.check_invariants()
         pool = self._blocks.capacity * self._blocks.block_size
-        self._shares.check_invariants((OUTPUT_TOKEN + PROMPT_TOKEN) * pool)
+        self._shares.check_invariants((OUTPUT_TOKEN + PROMPT_TOKEN * self._told_cost) * pool)
         wished = self._loads.wished.keys() | {
             entry.ref.digest for entry in self._prefixes.entries()
         }

@@ -118,6 +118,11 @@ class Sequence:
             return self.num_tokens
         return len(self.prompt_logprobs)
 
+    @property
+    def num_to_tell(self) -> int:
+        """Tokens of the prompt whose log-probabilities are still to be computed."""
+        return self.num_tokens - self.num_told_tokens
+
     def take_prompt_logprobs(self, start: int, entries: tuple[TokenLogprob, ...]) -> None:
         """Of the tokens that follow own token `start` and the next ones; those that are known, after a preemption, stay."""
         known = len(self.prompt_logprobs)

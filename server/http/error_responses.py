@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from prefix_store.errors import PrefixRejected, PrefixStoreError
-from server.errors import PrefixdError
+from server.errors import DeadlineExceeded, PrefixdError
 from server.http.errors import ErrorKind, NotAuthenticated, kind_of, message_of
 from server.http.json_text import json_bytes
 from server.http.services import request_id_of
@@ -45,6 +45,10 @@ def error_response(error: Exception, path: str, request_id: str) -> Response:
         headers["connection"] = "close"
     if isinstance(error, NotAuthenticated):
         headers["www-authenticate"] = 'Bearer realm="prefixd"'
+    if isinstance(error, DeadlineExceeded):
+        headers["x-should-retry"] = (
+            "false"  # OpenAI's clients would ask twice more of a server that is busy
+        )
     if not path.startswith(_ADMIN):
         body = _openai(kind, message, getattr(error, "param", None))
         return _json(body, kind.status, headers, "application/json")

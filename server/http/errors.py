@@ -75,6 +75,7 @@ ERROR_KINDS: Final[dict[type[Exception], ErrorKind]] = {
     ours.ModelNotFound: ErrorKind(404, _CALLER, "model_not_found"),
     ours.PinRefused: ErrorKind(409, _CALLER, "pin_refused"),
     ours.EngineOverloaded: ErrorKind(503, _SERVER, "overloaded", retry_after=1),
+    ours.DeadlineExceeded: ErrorKind(504, "timeout_error", "deadline_exceeded"),
     ours.EngineStopped: ErrorKind(503, _SERVER, "not_ready", retry_after=5),
     ours.GenerationFailed: ErrorKind(500, _SERVER, "generation_failed"),
     MalformedBody: ErrorKind(400, _CALLER, "invalid_json"),

@@ -23,6 +23,7 @@ from server.http.auth import authenticate, refuse_keys_in_url, require
 from server.http.caller import NOBODY, Caller, put_caller
 from server.http.error_responses import error_response
 from server.http.errors import NoSuchRoute
+from server.http.request_log import note_answer, request_fields
 from server.http.routes import ACTIONS, SCOPES, template_of
 from server.http.routes import Scope as AccessScope
 from server.http.services import Services
@@ -56,6 +57,7 @@ class Gate:
         request_id = uuid.uuid4().hex
         noted: dict[str, object] = {}
         scope = {**scope, "path": path, "prefixd.request_id": request_id, "prefixd.audit": noted}
+        scope |= {"prefixd.arrived": started, "prefixd.log": {}}
         template = template_of(path)
         entry = self._audit_entry(scope, template)
         answer = _Answer(send, request_id, Headers(scope=scope), entry)
@@ -67,6 +69,7 @@ class Gate:
         finally:
             await answer.finish()
             seconds = time.monotonic() - started
+            note_answer(scope, answer.num_bytes)
             self._record(scope, template, answer.status, seconds)
 
     async def _admit(self, scope: Scope, template: str | None) -> None:
@@ -122,7 +125,12 @@ class Gate:
             template or "unmatched",
             shown,
             seconds * 1e3,
-            extra={"request_id": scope["prefixd.request_id"]},
+            extra={
+                "request_id": scope["prefixd.request_id"],
+                "request": request_fields(
+                    {**scope, "method": method}, template or "unmatched", shown, seconds
+                ),
+            },
         )
 
 
@@ -139,6 +147,7 @@ class _Answer:
         if echoed:
             self._ids["x-client-request-id"] = echoed
         self.status: int | None = None
+        self.num_bytes = 0
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`."""
@@ -147,6 +156,7 @@ class _Answer:
                 await self._entry.write(message["status"])
             self.status = message["status"]
             MutableHeaders(scope=message).update(self._ids)
+        self.num_bytes += len(message.get("body", b""))
         await self._send(message)
 
     @property

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from prefix_store.errors import PrefixUnavailable, UnknownTask
 from server.errors import (
     ContextTooLong,
+    DeadlineExceeded,
     EngineOverloaded,
     EngineStopped,
     GenerationFailed,
@@ -25,7 +26,9 @@ from server.errors import (
     ModelNotFound,
 )
 from server.http.caller import caller_of
+from server.http.deadline import deadline_of, within
 from server.http.disconnect import unless_gone
+from server.http.request_log import note_generation
 from server.http.schemas import SamplingFields
 from server.http.services import Engine, OutputStream, Services, services_of
 from server.http.targets import Defaults, Target, sampling_params
@@ -47,6 +50,7 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
     EngineOverloaded: "queue_full",
     EngineStopped: "stopped",
     ContextTooLong: "too_long",
+    DeadlineExceeded: "deadline",
 }
 
 
@@ -73,6 +77,8 @@ class Choice:
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason.value
             self.stop_reason = output.stop_reason
+        if output.finish_reason is FinishReason.DEADLINE:  # a word that clients do not know
+            self.finish_reason, self.stop_reason = FinishReason.LENGTH.value, "deadline"
 
 
 class Generation:
@@ -156,6 +162,8 @@ class Generation:
             raise EngineStopped(output.error or "the request was ended; try again")
         if output.finish_reason is FinishReason.PREFIX_UNAVAILABLE:
             raise PrefixUnavailable(output.error or "the prefix of this task can not be loaded")
+        if output.finish_reason is FinishReason.DEADLINE and not self.num_output_tokens:
+            raise DeadlineExceeded("the request's time was over before its first token")
         if self._silent:
             output = _without_tokens(output)
         choice = self.choices[number * self._n + output.index]
@@ -227,16 +235,18 @@ class Start:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     truncate: int | None = None
+    deadline: float | None = None
 
 
 async def start_generation(request: Request, start: Start) -> Generation:
     """Submits every prompt, or none. Raises what `sampling_params` and `Engine.submit` raise;
-    `ClientDisconnect` if the client leaves first, `EngineOverloaded` if too much is before it.
+    `ClientDisconnect` if the client leaves first, `EngineOverloaded` if too much is before it, `DeadlineExceeded`.
 
     The prefix's bytes are held from now until the generation is closed: a deleted task's last requests
     finish with the version that they began with. No `await` may come between finding the target and this.
     """
-    services = services_of(request)
+    services, deadline = services_of(request), deadline_of(request)
+    start = replace(start, deadline=deadline)
     if start.target.version is not None:
         try:
             services.store.hold(start.target.version)
@@ -247,10 +257,13 @@ async def start_generation(request: Request, start: Start) -> Generation:
             with tokenizer_queue_of(request).room_for(start.prompts):
                 special = start.fields.add_special_tokens is not False
                 encoded = tokenized(services.engine, start.prompts, special_tokens=special)
-                prompts = await unless_gone(request.receive, encoded)
+                async with within(deadline):
+                    prompts = await unless_gone(request.receive, encoded)
             if start.truncate is not None:
                 prompts = [prompt[-start.truncate :] for prompt in prompts]
-            return await _start(services, caller_of(request).tenant, start, prompts)
+            generation = await _start(services, caller_of(request).tenant, start, prompts)
+            note_generation(request, generation)
+            return generation
     except BaseException:
         await let_go(services, start.target)
         raise
@@ -292,6 +305,7 @@ async def _start(
             tenant=tenant,
             # A tenant's name has no ~, so no salt that a client sends can reach another tenant's blocks.
             cache_salt=f"{tenant}~{start.fields.cache_salt or ''}",
+            deadline=start.deadline,
         )
         for number, prompt in enumerate(prompts)
     ]

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,14 +12,11 @@ from starlette.responses import Response
 from server.http.json_text import json_response
 from server.http.services import Lifecycle, Services, lifecycle_of, services_of
 
-STALE_SECONDS: Final = 120.0
-"""An engine that has not come round for this long hangs: a full step of a large model on a CPU takes less."""
-
 
 async def healthz(request: Request) -> Response:
     """200 while the engine thread lives and moves."""
     services = services_of(request)
-    return _probe(_engine_faults(services), services)
+    return _probe(_engine_faults(services, lifecycle_of(request)), services)
 
 
 async def readyz(request: Request) -> Response:
@@ -44,7 +39,7 @@ def _render(services: Services, accept: str) -> tuple[bytes, str]:
 
 
 def _readiness_faults(services: Services, lifecycle: Lifecycle) -> list[str]:
-    reasons = _engine_faults(services)
+    reasons = _engine_faults(services, lifecycle)
     if lifecycle.draining:
         reasons.append("the server is shutting down")
     elif not lifecycle.ready:
@@ -52,11 +47,13 @@ def _readiness_faults(services: Services, lifecycle: Lifecycle) -> list[str]:
     return reasons
 
 
-def _engine_faults(services: Services) -> list[str]:
+def _engine_faults(services: Services, lifecycle: Lifecycle) -> list[str]:
+    if lifecycle.fault is not None:
+        return [lifecycle.fault]
     status = services.engine.status()
     if not status.alive:
         return ["the engine thread does not run"]
-    if status.heartbeat_age_seconds > STALE_SECONDS:
+    if status.heartbeat_age_seconds > services.hang_seconds:
         return [f"the engine has not moved for {status.heartbeat_age_seconds:.0f} seconds"]
     return []
 

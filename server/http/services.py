@@ -33,7 +33,7 @@ class OutputStream(Protocol):
 
 
 class EngineHealth(Protocol):
-    """`server.engine.async_engine.EngineStatus`."""
+    """`server.engine.observer.EngineStatus`."""
 
     @property
     def alive(self) -> bool: ...
@@ -88,7 +88,8 @@ class Services:
     inference is open to everyone.
 
     `store`: as whoever asks sees it; in the services that the app is made of, all of it. `keys`, `audit`: None, in
-    tests, for no keys but those two, and for no record of changes and refusals.
+    tests, for no keys but those two, and for no record of changes and refusals. `hang_seconds`: an engine that has not
+    come round its loop for so long hangs.
     """
 
     engine: Engine
@@ -102,15 +103,21 @@ class Services:
     api_key: str | None = None
     keys: KeyStore | None = None
     max_body_bytes: int = 2**20
+    max_request_seconds: float = 3600.0
+    hang_seconds: float = 300.0
     audit: AuditLog | None = None
 
 
 @dataclass(slots=True)
 class Lifecycle:
-    """Whether requests should be sent here: the one thing about the app that changes."""
+    """Whether requests should be sent here: the one thing about the app that changes.
+
+    `fault`: why they should not although the engine may look well, in a sentence.
+    """
 
     ready: bool = False
     draining: bool = False
+    fault: str | None = None
 
 
 def services_of(request: Request) -> Services:

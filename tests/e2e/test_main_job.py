@@ -299,22 +299,3 @@ def test_a_damaged_prefix_is_a_503_that_says_so_and_harms_no_other_task(
     assert damaged.status_code == 503
     assert damaged.json()["error"]["code"] == "prefix_unavailable"
     assert healthy.status_code == 200
-
-
-def test_streams_that_outlive_the_drain_get_a_last_word(directory: Path) -> None:
-    quick = "import server.cli as c; c.DRAIN_SECONDS = 2; c.FAREWELL_SECONDS = 1.9; c.main()"
-    arguments = ("--model", str(directory / "model"), "--store", str(directory / "drain-store"))
-    body = {"model": "model", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "n": 4}
-    with (
-        live_server(directory, *arguments, program=("-c", quick)) as running,
-        running.client() as client,
-        client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response,
-    ):
-        lines = response.iter_lines()
-        next(lines)
-        running.process.terminate()
-        rest = [line for line in lines if line]
-
-        assert rest[-1] == "data: [DONE]"
-        assert "shutting down" in rest[-2]
-        assert running.process.wait(timeout=10) == 0

@@ -54,7 +54,8 @@ def test_every_setting_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "host_cache_bytes": "3GiB", "max_num_virtual_tokens": "5", "pin": "a, b", "pin_budget": "0.2",
         "max_num_seqs": "6", "max_num_batched_tokens": "7", "max_num_queued": "8",
         "max_model_len": "9", "block_size": "10", "prompt_cache": "false", "kv_cache_bytes": "1GiB", "num_kv_blocks": "11",
-        "gpu_memory_utilization": "0.5", "log_level": "debug", "log_format": "json", "metrics_max_tasks": "12",
+        "gpu_memory_utilization": "0.5", "max_num_queued_tokens": "13", "max_request_seconds": "14", "drain_seconds": "15",
+        "hang_seconds": "16", "log_level": "debug", "log_format": "json", "metrics_max_tasks": "12",
     }  # fmt: skip
     for name, text in values.items():
         monkeypatch.setenv(f"PREFIXD_{name.upper()}", text)

@@ -45,6 +45,7 @@ from server.types import (
 
 SCRIPT = "the quick brown fox jumps over the lazy dog. "
 POISON_PROMPT = 299  # a row with this prompt fails; see `ScriptRunner`
+STORE_ANSWERS = threading.Event()  # until then, loads of a digest with "hangs" in it do not end
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Loaded:
 
 
 class Source:
-    """Prefixes by digest; the word "bad" in a digest is a failure, "crash" an error of ours."""
+    """Prefixes by digest; the word "bad" in a digest is a failure, "crash" an error of ours, "hangs" no answer at all."""
 
     def load(self, digest: str) -> Loaded:
         if "bad" in digest:
@@ -104,7 +105,12 @@ class Source:
         if "crash" in digest:
             raise ZeroDivisionError
         manifest = PrefixManifest(num_virtual_tokens=4, k_space="none", model_type="fake")
+        if "hangs" in digest:
+            assert STORE_ANSWERS.wait(20), "the test forgot to let the store answer"
         return Loaded(Prefix(digest, manifest, (), ()))
+
+    def is_on_host(self, digest: str) -> bool:
+        return False
 
 
 @dataclass

@@ -147,3 +147,22 @@ def test_who_had_the_most_gives_way_first() -> None:
         num_preemptions = driver.step().num_preemptions
     statuses = {s.request.request_id: str(s.status) for s in driver.scheduler._order}
     assert statuses == {"old": "preempted", "young": "running"}
+
+
+def test_prompts_that_are_told_hold_no_places_in_vain() -> None:
+    """A step tells 64 tokens, so one such prompt keeps it busy; the others wait for it, and a plain request does not."""
+    driver = Driver(num_blocks=300, max_num_seqs=2, max_num_batched_tokens=256)
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    for name in ("told0", "told1", "told2"):
+        request = GenerationRequest(name, tuple(range(200)), sampling, tenant="scores")
+        driver.inbox.append(AddRequest(request, 0, 0.0))
+    ask(driver, "plain", "other")
+    assert ids(driver.step()) == ["told0", "plain"]
+
+
+def test_a_token_that_is_told_costs_as_much_of_a_step_as_it_takes() -> None:
+    driver = Driver(num_blocks=300, max_num_seqs=4, max_num_batched_tokens=256)
+    sampling = SamplingParams(max_tokens=2, prompt_logprobs=1)
+    driver.inbox.append(AddRequest(GenerationRequest("t", (9,) * 65, sampling, tenant="t"), 0, 0.0))
+    driver.step()
+    assert driver.scheduler._shares.counter("t") == 65 + 64 * (256 / 64 - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from prefix_store.artifact import Prefix, as_it_is
 from prefix_store.errors import PrefixStoreError
 from prefix_store.spec import PrefixManifest
 from server.engine.prefetch import (
+    LOOK_SECONDS,
+    STORE_HANGS,
     Prefetcher,
     PrefixAnswer,
     PrefixLoaded,
@@ -36,6 +39,9 @@ class Source:
         if self.error is not None:
             raise self.error
         return _Loaded(Prefix(digest, MANIFEST, (), ()), self.from_host)
+
+    def is_on_host(self, digest: str) -> bool:
+        return self.from_host
 
 
 @dataclass(frozen=True)
@@ -124,4 +130,112 @@ def test_requesting_returns_at_once_and_one_slow_load_does_not_hold_up_the_next(
     assert answers.get(timeout=10).ref.digest == "sha256:fast"
     gate.set()
     assert answers.get(timeout=10).ref is REF
+    prefetcher.close()
+
+
+class Hanging(Source):
+    """Digests that say so hang until `gate` opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.began = threading.Event()
+        self.num_loads = 0
+
+    def load(self, digest: str) -> _Loaded:
+        self.num_loads += 1
+        self.began.set()
+        assert "hangs" not in digest or self.gate.wait(20)
+        return super().load(digest)
+
+    def is_on_host(self, digest: str) -> bool:
+        return "host" in digest
+
+
+def ref(name: str, num_virtual_tokens: int = 1) -> PrefixRef:
+    return PrefixRef("task", 1, f"sha256:{name}", num_virtual_tokens, 1)
+
+
+def pass_time(prefetcher: Prefetcher, seconds: float, start: float = 0.0) -> float:
+    """Looks every `LOOK_SECONDS` of a clock that does not wait; returns when that ended."""
+    now = start or time.monotonic()
+    for _ in range(round(seconds / LOOK_SECONDS)):
+        now += LOOK_SECONDS
+        prefetcher.give_up_late(now)
+    return now
+
+
+def test_a_load_that_hangs_is_given_up_within_two_seconds_and_asked_for_again_in_vain() -> None:
+    source, answers = Hanging(), queue.Queue[PrefixAnswer]()
+    prefetcher = Prefetcher(source, answers.put)
+    prefetcher.request(ref("hangs"))
+    assert prefetcher.is_waiting
+    assert source.began.wait(10)
+
+    now = pass_time(prefetcher, 1.0)
+    assert answers.empty()
+    pass_time(prefetcher, 1.0, now)
+    first = answers.get_nowait()
+    assert isinstance(first, PrefixLoadFailed)
+    assert (first.reason, prefetcher.is_waiting) == (STORE_HANGS, False)
+
+    prefetcher.request(ref("hangs"))
+    assert isinstance(answers.get_nowait(), PrefixLoadFailed), "at once, and without a thread"
+    assert source.num_loads == 1
+
+    source.gate.set()
+    for _ in range(1000):
+        prefetcher.request(ref("hangs"))
+        if isinstance(answers.get(timeout=10), PrefixLoaded):
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("the store answers again, and nobody is told")
+    assert answers.empty(), "the answer that nobody waited for any more is dropped"
+    prefetcher.close()
+
+
+def test_when_every_thread_hangs_what_is_in_host_memory_is_still_served() -> None:
+    source, answers = Hanging(), queue.Queue[PrefixAnswer]()
+    prefetcher = Prefetcher(source, answers.put, num_threads=2)
+    for number in range(3):  # the third waits for a thread
+        prefetcher.request(ref(f"hangs-{number}"))
+
+    prefetcher.request(ref("host"))
+    assert isinstance(answers.get(timeout=10), PrefixLoaded)
+    pass_time(prefetcher, 3.0)
+
+    failed = {answers.get(timeout=10).ref.digest for _ in range(3)}
+    assert failed == {f"sha256:hangs-{number}" for number in range(3)}
+    source.gate.set()
+    prefetcher.close()
+
+
+def test_who_waits_for_a_thread_is_not_late_while_others_end() -> None:
+    source, answers = Hanging(), queue.Queue[PrefixAnswer]()
+    prefetcher = Prefetcher(source, answers.put, num_threads=1)
+    prefetcher.request(ref("hangs", num_virtual_tokens=100))
+    prefetcher._bytes_per_token = 2.0**25  # 100 s at the slowest
+    prefetcher.request(ref("next"))
+    now = time.monotonic()
+    for _ in range(20):
+        prefetcher._one_ended = True  # as if others did
+        now += LOOK_SECONDS
+        prefetcher.give_up_late(now)
+
+    assert answers.empty()
+    source.gate.set()
+    assert {answers.get(timeout=10).ref.digest for _ in range(2)} == {"sha256:hangs", "sha256:next"}
+    prefetcher.close()
+
+
+def test_a_process_that_gets_no_processor_does_not_blame_its_store() -> None:
+    source, answers = Hanging(), queue.Queue[PrefixAnswer]()
+    prefetcher = Prefetcher(source, answers.put)
+    prefetcher.request(ref("hangs"))
+    prefetcher.give_up_late(time.monotonic() + 3600)
+
+    assert answers.empty()
+    source.gate.set()
+    assert isinstance(answers.get(timeout=10), PrefixLoaded)
     prefetcher.close()

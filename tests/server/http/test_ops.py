@@ -7,7 +7,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from server.http.app import create_app
-from server.http.ops import STALE_SECONDS
 from tests.server.http.fakes import ADMIN, FakeEngine, make_app, make_services
 
 
@@ -19,17 +18,26 @@ def test_a_live_engine_is_healthy(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alive", "age", "word"), [(False, 0.0, "thread"), (True, STALE_SECONDS + 1, "seconds")]
+    ("alive", "age", "word"), [(False, 0.0, "thread"), (True, 21.0, "seconds")]
 )
 def test_a_dead_or_stuck_engine_is_neither_healthy_nor_ready(
     engine: FakeEngine, alive: bool, age: float, word: str
 ) -> None:
-    with TestClient(make_app(engine)) as client:
+    with TestClient(make_app(engine, hang_seconds=20.0)) as client:
         engine.health.alive, engine.health.heartbeat_age_seconds = alive, age
         for path in ("/healthz", "/readyz"):
             response = client.get(path)
             assert response.status_code == 503
             assert word in response.json()["reasons"][0]
+
+
+def test_a_fault_that_was_found_is_told_by_both_probes(engine: FakeEngine) -> None:
+    app = make_app(engine)
+    with TestClient(app) as client:
+        app.state.lifecycle.fault = "the engine hangs"
+        for path in ("/healthz", "/readyz"):
+            assert client.get(path).json()["reasons"] == ["the engine hangs"]
+            assert client.get(path).status_code == 503
 
 
 def test_ready_begins_with_the_start_and_ends_with_draining(engine: FakeEngine) -> None:
