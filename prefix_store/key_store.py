@@ -65,8 +65,8 @@ class KeyStore:
 
     @property
     def any_made(self) -> bool:
-        """Whether there ever was a key, also one that ended since."""
-        return self._num_records > 0
+        """Whether there ever was a key, also one that ended since, or one in a record that can not be read."""
+        return self._damaged or self._num_records > 0
 
     def find(self, key_id: str) -> Key | None:
         """A key by its id; None if there is none, or none can be trusted."""

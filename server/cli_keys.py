@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 
 from prefix_store.key_store import DEFAULT_OVERLAP_SECONDS, KeyStore
 from prefix_store.keys import Key, KeyScope
-from prefix_store.spec import OPERATOR
+from prefix_store.spec import OPERATOR, check_tenant_name
 from server.cli_report import show_note
 from server.config import ServeConfig
 from server.errors import PrefixdError
@@ -39,7 +39,7 @@ class NotTheOwner(PrefixdError):
 @keys_app.command
 def create(
     *,
-    tenant: Annotated[str, Parameter(help="Whose it is; the operator's if left out")] = OPERATOR,
+    tenant: Annotated[str | None, Parameter(help="Whose it is; the operator's if left out")] = None,
     scope: Annotated[
         tuple[KeyScope, ...], Parameter(negative=(), help="What it opens; repeat for several")
     ] = (KeyScope.INFER,),
@@ -48,9 +48,11 @@ def create(
     store: Store = None,
 ) -> str:
     """Make a key and print it: this once."""
+    if tenant is not None:
+        check_tenant_name(tenant)  # of an empty variable in a script too: it is not the operator
     seconds = None if expires_days is None else expires_days * _DAY_SECONDS
     new = _keys(store, make=True).create(
-        tenant, frozenset(scope), expires_in_seconds=seconds, note=note
+        tenant or OPERATOR, frozenset(scope), expires_in_seconds=seconds, note=note
     )
     show_note(f"key {_line(new.key)}; its text is not shown again")
     return new.text

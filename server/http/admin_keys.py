@@ -32,7 +32,7 @@ class KeyRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    tenant: str | None = Field(default=None, max_length=64)
+    tenant: str | None = Field(default=None, min_length=1, max_length=64)
     scopes: list[KeyScope] = Field(min_length=1, max_length=3)
     expires_in_seconds: float | None = Field(default=None, strict=True)
     note: str = ""
@@ -52,7 +52,7 @@ async def create_key(request: Request) -> Response:
     body = validated(KeyRequest, await read_object(request, services.max_body_bytes))
     make = partial(
         _keys(services).create,
-        body.tenant or OPERATOR,
+        OPERATOR if body.tenant is None else body.tenant,
         frozenset(body.scopes),
         expires_in_seconds=body.expires_in_seconds,
         note=body.note,

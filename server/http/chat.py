@@ -52,6 +52,7 @@ async def create_chat_completion(request: Request) -> Response:
         body,
         [conversation],
         defaults=Defaults(max_tokens=None),
+        stream=bool(body.stream),
         logprobs=num_logprobs,
     )
     generation = await start_generation(request, start)

@@ -46,6 +46,7 @@ async def create_completion(request: Request) -> Response:
         target,
         body,
         prompts,
+        stream=bool(body.stream),
         silent=silent,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,

@@ -22,7 +22,7 @@ from server.http.audit import AuditEntry
 from server.http.auth import authenticate, refuse_keys_in_url, require
 from server.http.caller import NOBODY, Caller, put_caller
 from server.http.error_responses import error_response
-from server.http.errors import NoSuchRoute
+from server.http.errors import KeyInUrl, NoSuchRoute
 from server.http.request_log import note_answer, request_fields
 from server.http.routes import ACTIONS, SCOPES, template_of
 from server.http.routes import Scope as AccessScope
@@ -73,7 +73,11 @@ class Gate:
             self._record(scope, template, answer.status, seconds)
 
     async def _admit(self, scope: Scope, template: str | None) -> None:
-        refuse_keys_in_url(scope["path"], scope.get("query_string", b""))
+        try:
+            refuse_keys_in_url(scope["path"], scope.get("query_string", b""))
+        except KeyInUrl:
+            scope["prefixd.audit"]["task"] = None  # it may be the key; the record is for years
+            raise
         if template is None:
             raise NoSuchRoute(f"nothing is served at {scope['path'][:200]}")
         access = SCOPES[template]

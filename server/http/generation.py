@@ -6,7 +6,6 @@ Whoever starts a `Generation` must `aclose` it: that is what frees the engine wh
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,29 +21,26 @@ from server.errors import (
     EngineOverloaded,
     EngineStopped,
     GenerationFailed,
-    InvalidParameter,
     ModelNotFound,
 )
 from server.http.caller import caller_of
 from server.http.deadline import deadline_of, within
 from server.http.disconnect import unless_gone
+from server.http.merged_streams import merged, next_of
 from server.http.request_log import note_generation
 from server.http.schemas import SamplingFields
 from server.http.services import Engine, OutputStream, Services, services_of
 from server.http.targets import Defaults, Target, sampling_params
 from server.http.tokenizing import Prompt, tokenized, tokenizer_queue_of
+from server.http.told import within_bound
 from server.types import (
     FinishReason,
     GenerationRequest,
     PrefixTier,
     RequestOutput,
     RequestTimings,
-    SamplingParams,
     TokenLogprob,
 )
-
-MAX_TOLD: Final = 2**19
-"""Log-probabilities of prompts in one answer: 64 prompts of 4,096 tokens, each with one alternative."""
 
 _REJECTIONS: Final[dict[type[Exception], str]] = {
     EngineOverloaded: "queue_full",
@@ -56,7 +52,7 @@ _REJECTIONS: Final[dict[type[Exception], str]] = {
 
 @dataclass(slots=True)
 class Choice:
-    """What one choice has gained so far."""
+    """What one choice has gained so far; a stream's log-probabilities have gone with its increments."""
 
     index: int
     text: str = ""
@@ -67,13 +63,14 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
-    def take(self, output: RequestOutput) -> None:
+    def take(self, output: RequestOutput, *, keep_logprobs: bool) -> None:
         """Adds an increment."""
         self.text += output.text
         self.token_ids.extend(output.token_ids)
         self.num_output_tokens = output.num_output_tokens
-        self.logprobs.extend(output.logprobs)
-        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
+        if keep_logprobs:
+            self.logprobs.extend(output.logprobs)
+            self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason.value
             self.stop_reason = output.stop_reason
@@ -96,7 +93,7 @@ class Generation:
         self.prompts = prompts
         self._services = services
         self._released = False
-        self._silent = start.silent
+        self._start = start
         self.choices = [Choice(index) for index in range(len(streams) * n)]
         self.timings = RequestTimings()
         self.prefix_tier = PrefixTier.NONE
@@ -122,6 +119,16 @@ class Generation:
         return sum(self._num_cached)
 
     @property
+    def num_told(self) -> int:
+        """Log-probabilities that the choices hold."""
+        of_output = sum(len(choice.logprobs) for choice in self.choices)
+        of_prompts = sum(len(choice.prompt_logprobs) for choice in self.choices)
+        start = self._start
+        return of_output * (1 + (start.logprobs or 0)) + of_prompts * (
+            1 + (start.prompt_logprobs or 0)
+        )
+
+    @property
     def finished(self) -> bool:
         """Whether every choice has ended."""
         return all(choice.finish_reason is not None for choice in self.choices)
@@ -133,12 +140,12 @@ class Generation:
     async def outputs(self) -> AsyncGenerator[tuple[Choice, RequestOutput], None]:
         """Each increment, with the choice that has taken it. Raises `GenerationFailed`, `EngineStopped`."""
         if len(self._streams) > 1:
-            async with contextlib.aclosing(_merged(self._streams)) as merged:
-                async for number, output in merged:
+            async with contextlib.aclosing(merged(self._streams)) as together:
+                async for number, output in together:
                     yield self._take(number, output)
             return
         # One prompt is the usual case, and a task for each token would cost more than the rest of this layer.
-        while (gained := await _next(self._streams[0])) is not None:
+        while (gained := await next_of(self._streams[0])) is not None:
             yield self._take(0, gained)
 
     async def collect(self) -> list[Choice]:
@@ -162,17 +169,25 @@ class Generation:
             raise EngineStopped(output.error or "the request was ended; try again")
         if output.finish_reason is FinishReason.PREFIX_UNAVAILABLE:
             raise PrefixUnavailable(output.error or "the prefix of this task can not be loaded")
-        if output.finish_reason is FinishReason.DEADLINE and not self.num_output_tokens:
+        if output.finish_reason is FinishReason.DEADLINE and self._is_nothing(output):
             raise DeadlineExceeded("the request's time was over before its first token")
-        if self._silent:
+        if self._start.silent:
             output = _without_tokens(output)
         choice = self.choices[number * self._n + output.index]
-        choice.take(output)
+        choice.take(output, keep_logprobs=not self._start.stream)
         if output.index == 0:
             self._num_cached[number] = output.num_cached_tokens
         self.timings = output.timings
         self.prefix_tier = output.prefix_tier
         return choice, output
+
+    def _is_nothing(self, cut: RequestOutput) -> bool:
+        """Whether an answer would be empty, or lack what it was asked for: a prompt is told of with a choice's first token,
+        and a reader of an empty list would take it for a score.
+        """
+        if cut.num_output_tokens:
+            return False
+        return self._start.prompt_logprobs is not None or not self.num_output_tokens
 
 
 def _without_tokens(output: RequestOutput) -> RequestOutput:
@@ -189,39 +204,12 @@ def _without_tokens(output: RequestOutput) -> RequestOutput:
     )
 
 
-async def _merged(
-    streams: Sequence[OutputStream],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """What the streams give, as it comes, each with its stream's number."""
-    waiting = {
-        asyncio.ensure_future(_next(stream)): number for number, stream in enumerate(streams)
-    }
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for future in done:
-                number = waiting.pop(future)
-                output = future.result()
-                if output is not None:
-                    waiting[asyncio.ensure_future(_next(streams[number]))] = number
-                    yield number, output
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-async def _next(stream: OutputStream) -> RequestOutput | None:
-    try:
-        return await stream.__anext__()
-    except StopAsyncIteration:
-        return None
-
-
 @dataclass(frozen=True, slots=True)
 class Start:
     """What `start_generation` needs of a request, in the words of no particular API.
 
-    `silent`: nothing of what is generated is wanted, only what came of the prompt. `logprobs`, `prompt_logprobs`: as
+    `stream`: the choices keep no log-probabilities. `silent`: nothing of what is generated is wanted, only what came of the
+    prompt. `logprobs`, `prompt_logprobs`: as
     in `SamplingParams`. `truncate`: so many tokens of a prompt's end are used.
     """
 
@@ -231,6 +219,7 @@ class Start:
     fields: SamplingFields
     prompts: Sequence[Prompt]
     defaults: Defaults = field(default_factory=Defaults)
+    stream: bool = False
     silent: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -293,7 +282,12 @@ async def _start(
         logprobs=start.logprobs,
         prompt_logprobs=start.prompt_logprobs,
     )
-    _check_told(prompts, params)
+    params = within_bound(
+        params,
+        prompts,
+        keeps_output=not (start.stream or start.silent),
+        is_default=start.fields.max_tokens is None,
+    )
     requests = [
         GenerationRequest(
             request_id=f"{start.request_id}-{number}",
@@ -311,19 +305,6 @@ async def _start(
     ]
     streams = await _submit_all(services.engine, requests)
     return Generation(start, services, streams, params.n, prompts)
-
-
-def _check_told(prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
-    """Each log-probability of a prompt is held from when it is computed until the answer is written."""
-    if params.prompt_logprobs is None:
-        return
-    count = sum(map(len, prompts)) * params.n * (1 + params.prompt_logprobs)
-    if count > MAX_TOLD:
-        raise InvalidParameter(
-            f"logprobs: {count} values for the prompts, at most {MAX_TOLD} at once: send fewer prompts, "
-            "or ask for fewer alternatives",
-            param="logprobs",
-        )
 
 
 async def _submit_all(engine: Engine, requests: Sequence[GenerationRequest]) -> list[OutputStream]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,6 +19,7 @@ from server.http.schemas import StreamOptions
 from server.http.services import Services
 from server.http.sse import Events, event, open_stream
 from server.http.targets import Target
+from server.http.told import written
 
 
 class Answer(Protocol):
@@ -45,10 +45,9 @@ async def answered(
         await unless_gone(request.receive, generation.collect())
     finally:
         await generation.aclose()
-    # In a thread where it may be large: others' streams do not wait for its writing.
-    told = any(choice.prompt_logprobs for choice in generation.choices)
-    whole = await run_in_threadpool(answer.whole, generation) if told else answer.whole(generation)
-    return json_response(whole, headers=headers)
+    return await written(
+        generation, lambda: json_response(answer.whole(generation), headers=headers)
+    )
 
 
 def frame(

@@ -24,6 +24,7 @@ from server.http.targets import Target, find_target, session_key
 from server.http.tgi_answer import TgiAnswer
 from server.http.tgi_errors import tgi_error_object, tgi_error_response
 from server.http.tgi_schemas import NOT_IN_TGI, TGI_DEFAULTS, TgiParameters, TgiRequest
+from server.http.told import written
 from server.http.unsupported import refuse_unsupported
 from server.types import MAX_STOP_STRINGS
 
@@ -95,7 +96,7 @@ async def _answer(request: Request, value: dict[str, Any], *, in_list: bool) -> 
         await unless_gone(request.receive, generation.collect())
     finally:
         await generation.aclose()
-    whole = answer.whole(generation)
+    whole = await written(generation, lambda: answer.whole(generation))
     headers |= _timing_headers(services, generation)
     return json_response([whole] if in_list else whole, headers=headers)
 
@@ -110,6 +111,7 @@ def _start(request: Request, body: TgiRequest, parameters: TgiParameters, target
         parameters.sampling_fields(),
         [body.inputs],
         defaults=TGI_DEFAULTS,
+        stream=bool(body.stream),
         logprobs=(parameters.top_n_tokens or 0) if told else None,
         prompt_logprobs=0 if parameters.decoder_input_details and not body.stream else None,
         truncate=parameters.truncate,

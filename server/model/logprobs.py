@@ -8,6 +8,7 @@ N = tokens that are told of in a step, V = vocabulary, K = the most alternatives
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from typing import Final
@@ -29,10 +30,13 @@ _ROWS_ON_GPU: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class RowLogprobs:
-    """What one row is told: of the token that it sampled, and of tokens of its prompt."""
+    """What one row is told: of the token that it sampled, and of tokens of its prompt. `finite` False: the model gave no
+    number for one of them, and the row has failed.
+    """
 
     sampled: TokenLogprob | None = None
     prompt: tuple[TokenLogprob, ...] = ()
+    finite: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class StepLogprobs:
         """One per row of the plan."""
         sampled: dict[int, TokenLogprob] = {}
         prompts: dict[int, list[TokenLogprob]] = {}
+        failed: set[int] = set()
         told = zip(
             self.wishes,
             self.tokens.tolist(),
@@ -67,6 +72,9 @@ class StepLogprobs:
             strict=True,
         )
         for wish, token_id, (own, *best), ids in told:
+            if math.isnan(own):
+                failed.add(wish.row)
+                continue
             top = tuple(zip(ids[: wish.num_top], best[: wish.num_top], strict=True))
             entry = TokenLogprob(token_id, own, top)
             if wish.token_id is None:
@@ -74,7 +82,9 @@ class StepLogprobs:
             else:
                 prompts.setdefault(wish.row, []).append(entry)
         return [
-            RowLogprobs(sampled.get(row), tuple(prompts.get(row, ())))
+            RowLogprobs(finite=False)
+            if row in failed
+            else RowLogprobs(sampled.get(row), tuple(prompts.get(row, ())))
             for row in range(self.num_rows)
         ]
 
@@ -134,12 +144,15 @@ def _spans(count: int, length: int) -> list[tuple[int, int]]:
 
 
 def _values(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
-    """Of `logits` [n, V] after which `tokens` [n] come: [n, 1 + K] finite values and the ids [n, K] of the best."""
+    """Of `logits` [n, V] after which `tokens` [n] come: [n, 1 + K] values and the ids [n, K] of the best.
+
+    Finite, or NaN all along a row of logits that has one: its sum knows no number.
+    """
     logprobs = logits.float().log_softmax(-1)
     best, ids = logprobs.topk(num_top)
     # From one tensor, so that the most probable token's own value is the first of the best, to the bit.
     values = torch.cat([logprobs.gather(1, tokens[:, None]), best], dim=1)
-    return values.nan_to_num(nan=LEAST, neginf=LEAST).clamp_min(LEAST), ids
+    return values.clamp_min(LEAST), ids  # NaN stays NaN
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from server.model.forward_batch import build_forward_batch
 from server.model.loader import LoadedModel
 from server.model.logprobs import StepLogprobs, step_logprobs
 from server.model.recorded_steps import RecordedSteps
-from server.model.sampler import next_tokens, outcomes_of
+from server.model.sampler import NUMERICAL_ERROR, next_tokens, outcomes_of
 
 
 class ModelRunner:
@@ -109,5 +109,7 @@ class _Launched:
             return outcomes
         return tuple(
             replace(outcome, logprob=told.sampled, prompt_logprobs=told.prompt)
+            if told.finite
+            else RowOutcome(error=NUMERICAL_ERROR)
             for outcome, told in zip(outcomes, self._logprobs.of_rows(), strict=True)
         )

@@ -198,6 +198,16 @@ def test_so_does_a_lost_one_unless_it_was_the_last(keys: KeyStore, index: int) -
         reopened(keys)
 
 
+def test_inference_does_not_become_open_by_a_first_record_that_can_not_be_read(
+    keys: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory_of(keys) / f"{1:020d}.json").write_bytes(b"{}")
+    monkeypatch.setattr(key_store, "REFRESH_SECONDS", 0)
+    keys.refresh()
+
+    assert keys.any_made
+
+
 def test_a_record_that_can_not_be_trusted_makes_every_key_useless(
     keys: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

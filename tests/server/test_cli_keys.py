@@ -100,6 +100,7 @@ def test_a_server_that_runs_finds_what_the_command_did(run: Run, tmp_path: Path)
         (("list",), 1, "no key was made"),
         (("revoke", "00000000"), 1, "no key was made"),
         (("create", "--tenant", "No"), 1, "tenant name"),
+        (("create", "--tenant", ""), 1, "tenant name"),
         (("create", "--tenant", "acme", "--scope", "metrics"), 1, "metrics"),
         (("create", "--scope", "root"), 2, "root"),
         (("create", "--expires-days", "-1"), 1, "seconds"),

@@ -94,6 +94,22 @@ def test_a_refused_key_is_recorded_without_the_key(
     assert key is None or key not in json.dumps(record)
 
 
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+@pytest.mark.parametrize("path", ["{}", "{}/aliases/canary", "{}/grants/acme", "poet/grants/{}"])
+def test_a_key_in_the_path_is_not_in_the_record(
+    audited: TestClient, tmp_path: Path, method: str, path: str
+) -> None:
+    key = "pfx_0123456789ab_" + "A" * 43
+    url = "/admin/v1/tasks/" + path.format(key)
+    answer = audited.request(method, url, json={}, headers=ADMIN)
+
+    assert (answer.status_code, answer.json()["code"]) == (400, "key_in_url")
+    kept = b"".join(file.read_bytes() for file in sorted(tmp_path.iterdir()))
+    assert b"pfx_" not in kept
+    assert all("task" not in record for record in records(tmp_path))
+    assert len(records(tmp_path)) == 1
+
+
 def test_without_its_record_a_change_is_not_acknowledged(
     audited: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

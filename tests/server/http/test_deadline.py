@@ -97,6 +97,41 @@ def test_a_request_whose_time_is_over_before_its_first_token_is_a_504_that_is_no
     assert engine.streams[0].closed
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_choice_without_its_prompts_probabilities_is_a_504_though_others_have_theirs(
+    client: TestClient, engine: FakeEngine, streaming: bool
+) -> None:
+    """An evaluation would read a score out of what there is."""
+
+    def half(request: GenerationRequest) -> list[RequestOutput]:
+        first, _ = words(request, "a")
+        return [first, *(replace(end, index=1) for end in cut(request))]
+
+    engine.script = half
+    body = {"model": "poet", "prompt": "x", "n": 2, "stream": streaming}
+    answer = client.post("/v1/completions", json={**body, "echo": True, "logprobs": 1})
+    without = client.post("/v1/completions", json=body)
+
+    assert "deadline_exceeded" in answer.text
+    assert answer.status_code == (200 if streaming else 504)
+    assert "deadline_exceeded" not in without.text
+
+
+@PATHS
+def test_a_first_token_that_a_slow_reader_gets_with_the_end_is_an_answer(
+    client: TestClient, engine: FakeEngine, path: str
+) -> None:
+    def joined(request: GenerationRequest) -> list[RequestOutput]:
+        first, end = cut(request, "a")
+        return [first.followed_by(end)]
+
+    engine.script = joined
+    answer = client.post(path, json=BODY)
+
+    assert answer.status_code == 200
+    assert answer.json().get("choices", [answer.json()])[0]["text"] == "a"
+
+
 def test_a_prompt_that_waits_too_long_for_the_tokenizer_is_a_504(
     client: TestClient, engine: FakeEngine
 ) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from server.http import generation
-from server.types import GenerationRequest, RequestOutput, TokenLogprob
-from tests.server.http.fakes import FakeEngine, words
+from server.http import generation, told
+from server.types import GenerationRequest, RequestOutput, TokenLogprob, TokenText
+from tests.server.http.fakes import FakeEngine, FakeStream, make_app, words
 
 OUTPUT = (
     TokenLogprob(41, -0.5, ((41, -0.5), (7, -1.5))),
@@ -196,17 +197,82 @@ def test_a_wish_that_can_not_be_met_is_400(
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-def test_what_is_told_of_prompts_at_once_is_bounded(
+def test_what_is_told_in_one_answer_is_bounded(
     client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "MAX_TOLD", 24)
-    complete(client, prompt=[[5, 6, 7]] * 2, n=2, logprobs=1, echo=True)
+    """Of 2 prompts of 3 tokens, twice, with one alternative: 24 values, and 8 for each token generated."""
+    monkeypatch.setattr(told, "MAX_TOLD", 40)
+    base = {"prompt": [[5, 6, 7]] * 2, "n": 2, "logprobs": 1, "echo": True, "max_tokens": 2}
+    complete(client, **base)
 
-    for more in ({"logprobs": 2}, {"n": 3}, {"prompt": [[5, 6, 7]] * 3}):
-        body = {"model": "org/tiny", "prompt": [[5, 6, 7]] * 2, "n": 2, "logprobs": 1, "echo": True}
-        response = client.post("/v1/completions", json=body | more)
+    for more in (
+        {"logprobs": 2},
+        {"n": 3},
+        {"prompt": [[5, 6, 7]] * 3},
+        {"max_tokens": 3},
+        {"echo": False, "max_tokens": 6},
+    ):
+        response = client.post("/v1/completions", json={"model": "org/tiny", **base, **more})
         assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
     assert len(engine.requests) == 2
+
+
+def test_where_no_number_of_tokens_was_asked_for_it_is_what_fits(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told, "MAX_TOLD", 30)
+    complete(client, logprobs=2, n=2)
+    chat = {"model": "org/tiny", "messages": TURNS, "logprobs": True, "top_logprobs": 2}
+    client.post("/v1/chat/completions", json=chat)
+
+    assert [request.sampling.max_tokens for request in engine.requests] == [5, 10]
+
+
+def test_a_stream_may_tell_of_any_number_of_tokens_and_keeps_none(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told, "MAX_TOLD", 3)
+    kept: list[generation.Choice] = []
+    original = generation.Choice.take
+
+    def take(choice: generation.Choice, output: RequestOutput, **how: bool) -> None:
+        original(choice, output, **how)
+        kept.append(choice)
+
+    monkeypatch.setattr(generation.Choice, "take", take)
+    client = TestClient(make_app(engine))
+    body = {"prompt": [5, 6, 7], "logprobs": 2, "max_tokens": 9}
+    parts = [
+        chunk["choices"][0]["logprobs"]["token_logprobs"]
+        for chunk in chunks(client, "/v1/completions", **body)
+    ]
+
+    assert parts == [[-0.5], [-2.0]]
+    assert len(kept) == 2
+    assert all(not choice.logprobs for choice in kept)
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+def test_a_large_answer_is_written_beside_the_event_loop(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(told, "_MAX_WRITTEN_HERE", limit)
+    threads: dict[str, int] = {}
+    original, submit = engine.token_text, engine.submit
+
+    def token_text(token_id: int) -> TokenText:
+        threads["writer"] = threading.get_ident()
+        return original(token_id)
+
+    def submitted(request: GenerationRequest) -> FakeStream:
+        threads["loop"] = threading.get_ident()
+        return submit(request)
+
+    monkeypatch.setattr(engine, "token_text", token_text)
+    monkeypatch.setattr(engine, "submit", submitted)
+    complete(client, logprobs=2)
+
+    assert (threads["writer"] == threads["loop"]) is (limit > 0)
 
 
 def test_a_bias_reaches_the_engine_by_token_id(client: TestClient, engine: FakeEngine) -> None:

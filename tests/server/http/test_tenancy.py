@@ -305,6 +305,7 @@ def test_both_keys_of_a_rotation_work_until_the_overlap_ends(world: World) -> No
         ("POST", "", {"scopes": []}, 400, "invalid_parameter"),
         ("POST", "", {"scopes": ["root"]}, 400, "invalid_parameter"),
         ("POST", "", {"scopes": ["infer"], "tenant": "No"}, 400, "invalid_tenant_name"),
+        ("POST", "", {"scopes": ["infer"], "tenant": ""}, 400, "invalid_parameter"),
         ("POST", "", {"scopes": ["metrics"], "tenant": "acme"}, 400, "key_not_issued"),
         ("POST", "", {"scopes": ["infer"], "expires_in_seconds": -1}, 400, "key_not_issued"),
         ("POST", "", {"scopes": ["infer"], "sha256": "x"}, 400, "invalid_parameter"),

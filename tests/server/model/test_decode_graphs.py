@@ -47,7 +47,9 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graphs, "_SHORT", 64)
 
 
-def answers(recorder: Any, architecture: str) -> tuple[Mapping[Any, list[int]], Harness]:
+def answers(
+    recorder: Any, architecture: str, *, overlapped: bool = False
+) -> tuple[Mapping[Any, list[int]], Harness]:
     """Rows of two tasks and of none come and go, so that graphs of 1, 2 and 4 rows are needed, and one samples."""
     harness = Harness(
         tiny_model(architecture, num_hidden_layers=2).to(KERNEL_DEVICE),
@@ -56,6 +58,7 @@ def answers(recorder: Any, architecture: str) -> tuple[Mapping[Any, list[int]], 
         max_num_batched_tokens=128,
         attention="triton",
         recorder=recorder,
+        overlapped=overlapped,
     )
     shared, other = random_prefix(harness.model, 37, 1), random_prefix(harness.model, 5, 2)
     greedy = [SamplingParams(max_tokens=count, temperature=0.0) for count in (2, 3, 5)]
@@ -67,12 +70,16 @@ def answers(recorder: Any, architecture: str) -> tuple[Mapping[Any, list[int]], 
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt_oss"])
-def test_replayed_steps_give_the_tokens_of_forward_passes(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "overlapped"), [("qwen3", False), ("qwen3", True), ("gpt_oss", False)]
+)
+def test_replayed_steps_give_the_tokens_of_forward_passes(
+    architecture: str, overlapped: bool
+) -> None:
     """gpt_oss has windows in every other layer, hence two kinds of tables, and sinks."""
     recorder = Rerun()
 
-    replayed, harness = answers(recorder, architecture)
+    replayed, harness = answers(recorder, architecture, overlapped=overlapped)
 
     assert recorder.num_replays >= 4
     assert replayed == answers(None, architecture)[0]
@@ -159,4 +166,6 @@ def test_on_a_gpu_captured_graphs_give_the_tokens_of_forward_passes(architecture
     from server.model.decode_graphs import CudaRecorder
 
     assert torch.cuda.is_available()
-    assert answers(CudaRecorder(), architecture)[0] == answers(None, architecture)[0]
+    expected = answers(None, architecture)[0]
+    assert answers(CudaRecorder(), architecture)[0] == expected
+    assert answers(CudaRecorder(), architecture, overlapped=True)[0] == expected

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.messages import ScheduledRow
+from server.engine.messages import RowOutcome, ScheduledRow
 from server.engine.sequence import Sequence
 from server.model.logprobs import LEAST, RowLogprobs, step_logprobs
+from server.model.runner import _Launched
+from server.model.sampler import NUMERICAL_ERROR
 from server.types import GenerationRequest, SamplingParams
 
 V = 30
@@ -100,10 +102,9 @@ def test_a_row_has_the_same_values_alone_and_among_others() -> None:
         assert alone == [together[number]]
 
 
-@pytest.mark.parametrize("value", [float("-inf"), float("nan"), float("inf")])
-def test_no_value_is_one_that_json_lacks(value: float) -> None:
+def test_no_value_is_one_that_json_lacks() -> None:
     logits = random_logits(1)
-    logits[0, 5] = value
+    logits[0, 5] = float("-inf")
 
     (found,) = told_of([row(told=(5,), logprobs=20, prompt=20)], logits.repeat(2, 1), [-1])
 
@@ -112,8 +113,21 @@ def test_no_value_is_one_that_json_lacks(value: float) -> None:
     values = [value for e in entries for value in (e.logprob, *(v for _, v in e.top))]
     assert len(values) == 42
     assert all(math.isfinite(value) and value >= LEAST for value in values)
-    if value == float("-inf"):
-        assert found.prompt[0].logprob == LEAST
+    assert found.prompt[0].logprob == LEAST
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_row_with_a_token_that_has_no_number_has_failed_alone(value: float, place: int) -> None:
+    """In the middle of a prompt nothing is sampled that would notice: a score would be made of it."""
+    rows = [row(logprobs=2), row(told=(5, 6), sample=False, prompt=2), row(logprobs=0)]
+    logits = random_logits(4)
+    logits[place + 1, 7] = value
+
+    first, broken, last = told_of(rows, logits, [3, 4])
+
+    assert broken == RowLogprobs(finite=False)
+    assert (first, last) == tuple(told_of([row(logprobs=2), row(logprobs=0)], logits[:2], [3, 4]))
 
 
 def test_more_alternatives_than_there_are_tokens_are_all_of_them() -> None:
@@ -121,3 +135,15 @@ def test_more_alternatives_than_there_are_tokens_are_all_of_them() -> None:
 
     assert found.sampled is not None
     assert sorted(token for token, _ in found.sampled.top) == [0, 1, 2]
+
+
+def test_the_outcome_of_such_a_row_is_an_error_though_it_samples_nothing() -> None:
+    rows = (row(told=(5, 6), sample=False), row(logprobs=0))
+    logits = random_logits(3)
+    logits[2, 7] = float("nan")  # of the second token told of
+    sampled = torch.tensor([4])
+
+    broken, whole = _Launched(rows, sampled, step_logprobs(rows, logits, sampled)).outcomes()
+
+    assert broken == RowOutcome(error=NUMERICAL_ERROR)
+    assert (whole.token_id, whole.error) == (4, None)
