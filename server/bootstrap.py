@@ -34,7 +34,7 @@ from server.engine.prefix_compiler import PrefixCompiler
 from server.engine.proof_of_life import ProofOfLife
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.tokenizer import Tokenizer
-from server.errors import ConfigError, InvalidParameter, PinRefused
+from server.errors import ConfigError, PinRefused
 from server.host_threads import compute_alone, give_helpers_back
 from server.kvcache.block_pool import BlockPool
 from server.kvcache.kv_cache import KVCache
@@ -59,6 +59,7 @@ from server.model.recorded_steps import record_decode_steps
 from server.model.runner import ModelRunner
 from server.model.self_check import self_check
 from server.sizing import memory_by_use, memory_of, plan_memory, try_largest_step
+from server.tokenizer_source import load_tokenizer
 from server.types import prefix_ref
 
 if TYPE_CHECKING:  # the offline commands need no web framework
@@ -205,7 +206,7 @@ def build_engine(config: ServeConfig, observer: EngineObserver) -> ServingEngine
         revision=config.revision,
         model_id=config.served_model_name or (DEMO_MODEL_ID if config.model is None else None),
     )
-    tokenizer = _load_tokenizer(config, source_id)
+    tokenizer = load_tokenizer(config, source_id)
     base = base_spec(model, tokenizer_fingerprint=tokenizer.fingerprint())
     # After the fingerprint of its weights, before its numbers are checked.
     model = prepack(merge_linears(model))
@@ -249,19 +250,6 @@ def assemble_engine(
     compiler = PrefixCompiler(engine.run, Baker(model, backend), store.base, store.limits)
     intake = Intake(store, compiler, Prover(model, backend), engine.run)
     return ServingEngine(config, model, store.base, tokenizer, store, pool, engine, intake)
-
-
-def _load_tokenizer(config: ServeConfig, source_id: str | Path) -> Tokenizer:
-    """With the chat template that is asked for, which must be able to write a conversation."""
-    if config.chat_template is None:
-        return Tokenizer.load(source_id, revision=config.revision)
-    try:
-        template = config.chat_template.expanduser().read_text("utf-8")
-        tokenizer = Tokenizer.load(source_id, revision=config.revision, chat_template=template)
-        tokenizer.encode_chat([{"role": "user", "content": "a"}], add_generation_prompt=True)
-    except (OSError, UnicodeError, InvalidParameter) as error:
-        raise ConfigError(f"--chat-template {config.chat_template}: {error}") from None
-    return tokenizer
 
 
 def _dtype(config: ServeConfig) -> str:

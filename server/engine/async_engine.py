@@ -48,8 +48,6 @@ from server.types import (
     PrefixRef,
     RequestOutput,
     StepStats,
-    TokenizerFacts,
-    TokenText,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,6 +74,9 @@ class AsyncEngine:
     ) -> None:
         self._limits = limits
         self._tokenizer = tokenizer
+        # These need no thread of their own.
+        self.room, self.token_text = limits.room, tokenizer.token_text
+        self.tokenizer_facts = tokenizer.facts
         self._observer = observer
         self._seeds = seeds
         self._block_bytes = parts.block_bytes
@@ -158,10 +159,6 @@ class AsyncEngine:
         """Most tokens that prefix, prompt and output may have together."""
         return self._limits.max_model_len
 
-    def room(self, prefix: PrefixRef | None, num_prompt_tokens: int) -> int:
-        """The most tokens that an answer to such a prompt may have; 0 or less if there may be none."""
-        return self._limits.room(prefix, num_prompt_tokens)
-
     async def tokenize(self, prompt: str, *, special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt, computed off the event loop."""
         encode = functools.partial(self._tokenizer.encode, prompt, special_tokens=special_tokens)
@@ -181,14 +178,6 @@ class AsyncEngine:
         check_token_ids(param, token_ids, self._limits.vocab_size)
         decode = functools.partial(self._tokenizer.decode, token_ids, special_tokens=True)
         return await asyncio.get_running_loop().run_in_executor(self._encoders, decode)
-
-    def token_text(self, token_id: int) -> TokenText:
-        """One token by itself, as lists of log-probabilities show it."""
-        return self._tokenizer.token_text(token_id)
-
-    def tokenizer_facts(self) -> TokenizerFacts:
-        """What a client needs to tokenize by itself."""
-        return self._tokenizer.facts()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
         """Takes a request in. Raises `ContextTooLong`, `InvalidParameter`, `EngineOverloaded`, `DeadlineExceeded`,

@@ -74,7 +74,7 @@ def test_a_chat_template_of_the_operators_takes_the_place_of_the_models(tmp_path
     serving = build_engine(config, Metrics())
 
     turns = [{"role": "user", "content": "hello"}]
-    assert serving.tokenizer.decode(serving.tokenizer.encode_chat(turns)) == "<hello>"
+    assert serving.tokenizer.decode(serving.tokenizer.encode_chat(turns)).strip() == "<hello>"
     serving.store.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from server.types import RequestOutput
+from server.types import FinishReason, GenerationRequest, RequestOutput
 from tests.server.http.fakes import FakeEngine, failed, make_app, words
 
 
@@ -88,7 +89,9 @@ def test_a_chat(openai_client: openai.OpenAI) -> None:
     assert answer.id == f"chatcmpl-{answer._request_id}"
 
 
-def test_a_chats_stream_and_the_helper_that_puts_it_together(openai_client: openai.OpenAI) -> None:
+def test_a_chats_stream_and_the_helper_that_puts_it_together(
+    openai_client: openai.OpenAI, engine: FakeEngine
+) -> None:
     chunks = list(
         openai_client.chat.completions.create(
             model="poet", messages=TURNS, stream=True, stream_options={"include_usage": True}
@@ -99,10 +102,15 @@ def test_a_chats_stream_and_the_helper_that_puts_it_together(openai_client: open
     assert [delta.role for delta in deltas] == ["assistant", None, None, None]
     assert chunks[-1].usage is not None
 
+    def to_its_end(request: GenerationRequest) -> list[RequestOutput]:
+        *outputs, last = words(request, "a", "b", "c")
+        return [*outputs, dataclasses.replace(last, finish_reason=FinishReason.STOP)]
+
+    engine.script = to_its_end  # the helper raises for an answer that was cut off
     with openai_client.chat.completions.stream(model="poet", messages=TURNS) as stream:
-        kinds = [event.type for event in stream]
+        told = [event.delta for event in stream if event.type == "content.delta"]
         whole = stream.get_final_completion()
-    assert kinds.count("content.delta") == 3
+    assert "".join(told) == "abc"
     assert whole.choices[0].message.content == "abc"
 
 
