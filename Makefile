@@ -40,7 +40,7 @@ demo-model: .venv/.dev ## train the bundled base model and its tasks anew, in un
 
 # A process a core, each with one thread for torch: most tests wait or compute little. A file stays in one process.
 test: .venv/.dev ## run the tests; ARGS="-k scheduler" for some of them, "-n 0" for one process
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile --durations 15 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations 15 $(ARGS)
 
 # One process: the kernels' tests share what is slow, importing triton. Once it is there, "make test" runs them too.
 test-kernels: .venv/.kernels ## run the tests of the GPU kernels, on the CPU in Triton's interpreter
