@@ -95,7 +95,7 @@ class TgiAnswer:
     def _tokens(
         self, token_ids: Sequence[int], entries: Sequence[TokenLogprob]
     ) -> list[dict[str, Any]]:
-        known = entries or [None] * len(token_ids)
+        known: Sequence[TokenLogprob | None] = entries or [None] * len(token_ids)
         return [
             self._token(token_id, entry, self.engine.token_text(token_id).text)
             for token_id, entry in zip(token_ids, known, strict=True)
