@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import reduce
 from typing import Final
 
 from server.engine.output_processor import OutputProcessor
@@ -27,7 +28,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
     def __init__(self, processor: OutputProcessor, abort: Callable[[str], None]) -> None:
         self.processor = processor
         self._abort = abort
-        self._waiting: deque[RequestOutput] = deque()
+        self._waiting: deque[list[RequestOutput]] = deque()  # each to be read as one
         self._arrived = asyncio.Event()
         self._ended = False
         self._closed = False
@@ -36,7 +37,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
     def put(self, output: RequestOutput) -> None:
         """Hands over an increment."""
         if len(self._waiting) < MAX_WAITING or not self._join_last(output):
-            self._waiting.append(output)
+            self._waiting.append([output])
         self._arrived.set()
 
     def end(self) -> None:
@@ -57,7 +58,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
     async def __anext__(self) -> RequestOutput:
         while not self._closed:
             if self._waiting:
-                return self._waiting.popleft()
+                return reduce(RequestOutput.followed_by, self._waiting.popleft())
             if self._ended:
                 break
             self._arrived.clear()
@@ -75,8 +76,15 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def _join_last(self, output: RequestOutput) -> bool:
         """Makes `output` a part of the last increment of its choice that waits, if there is one."""
-        for position in range(len(self._waiting) - 1, -1, -1):
-            if self._waiting[position].index == output.index:
-                self._waiting[position] = self._waiting[position].followed_by(output)
+        for parts in reversed(self._waiting):
+            if parts[0].index == output.index:
+                _append(parts, output)
                 return True
         return False
+
+
+def _append(parts: list[RequestOutput], output: RequestOutput) -> None:
+    """Parts of like length are joined, so that there are few, and no token is copied more often than the lengths double."""
+    while parts and len(parts[-1].token_ids) <= len(output.token_ids):
+        output = parts.pop().followed_by(output)
+    parts.append(output)

@@ -62,9 +62,9 @@ class Tokenizer:
         return found
 
     def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids, with the special tokens that the model's tokenizer adds by default.
+        """Token ids, with the special tokens that the model's tokenizer adds by default, or without these.
 
-        Without them only where a text is the continuation of another: requests always get them.
+        Special tokens that are written in the text are tokens either way: whoever sends it can forge the turn of a chat.
         """
         return tuple(self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
