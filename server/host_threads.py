@@ -48,8 +48,8 @@ def _openmp() -> ctypes.CDLL | None:
     for path in found:
         try:
             openmp = ctypes.CDLL(str(path))
-            openmp.omp_pause_resource_all, openmp.omp_set_num_threads  # noqa: B018 - both must be there
-        except (OSError, AttributeError):
+        except OSError:
             continue
-        return openmp
+        if hasattr(openmp, "omp_pause_resource_all") and hasattr(openmp, "omp_set_num_threads"):
+            return openmp
     return None

@@ -77,7 +77,7 @@ def generate_with_transformers(
             cache.update(
                 k.transpose(0, 1)[None].to(device), v.transpose(0, 1)[None].to(device), layer
             )
-    module.set_attn_implementation("eager")  # type: ignore[operator]
+    module.set_attn_implementation("eager")  # type: ignore[operator] # transformers' method
     tokens: list[int] = []
     feed = prompt
     with torch.inference_mode():

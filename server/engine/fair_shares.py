@@ -47,9 +47,7 @@ class FairShares:
 
     def in_turn(self, waiting: Iterable[Sequence]) -> Iterator[Sequence]:
         """Sequences by whose turn it is, each tenant's in the order given. Counters may change in between."""
-        queues: defaultdict[str, deque[Sequence]] = defaultdict(deque)
-        for seq in waiting:
-            queues[seq.request.tenant].append(seq)
+        queues = _by_tenant(waiting)
         while queues:
             tenant = min(queues, key=self.counter)
             yield queues[tenant].popleft()
@@ -87,11 +85,17 @@ class FairShares:
 
 def by_turns(waiting: Iterable[Sequence]) -> Iterator[Sequence]:
     """One of each tenant, then another of each: who is looked after ahead of their turn."""
-    queues: defaultdict[str, deque[Sequence]] = defaultdict(deque)
-    for seq in waiting:
-        queues[seq.request.tenant].append(seq)
+    queues = _by_tenant(waiting)
     while queues:
         for tenant in list(queues):
             yield queues[tenant].popleft()
             if not queues[tenant]:
                 del queues[tenant]
+
+
+def _by_tenant(waiting: Iterable[Sequence]) -> dict[str, deque[Sequence]]:
+    """Each tenant's sequences in the order given; tenants in that of their first."""
+    queues: defaultdict[str, deque[Sequence]] = defaultdict(deque)
+    for seq in waiting:
+        queues[seq.request.tenant].append(seq)
+    return queues

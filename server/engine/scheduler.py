@@ -425,11 +425,10 @@ class Scheduler:
         if not row.sample:
             return None
         assert outcome.token_id is not None, "a sampling row has a token or an error"
-        if (
-            seq.status is SequenceStatus.RUNNING
-        ):  # else it was preempted meanwhile, and has no blocks
-            # Only now: finite logits, that read them all, speak for the blocks. Those of answers are asked for again
-            # by the next turn of a conversation, and by this sequence after a preemption.
+        if seq.status is SequenceStatus.RUNNING:
+            # One that was preempted meanwhile has no blocks. And only now: finite logits, that read them all, speak for
+            # the blocks. Those of answers are asked for again by the next turn of a conversation, and by this sequence
+            # after a preemption.
             num_full = num_tokens // self._blocks.block_size
             self._prompt_cache.enter(seq.chain, seq.block_table, seq.token_ids, num_full)
         count = seq.settle(num_tokens, outcome.token_id)
@@ -440,11 +439,9 @@ class Scheduler:
         else:
             output = self._end(seq, reason, token_id=outcome.token_id)
         told = tuple(seq.prompt_logprobs) if count == 1 else ()
-        return (
-            replace(output, logprob=outcome.logprob, prompt_logprobs=told)
-            if told or outcome.logprob
-            else output
-        )
+        if told or outcome.logprob:
+            return replace(output, logprob=outcome.logprob, prompt_logprobs=told)
+        return output
 
     def _end_failed(self, seq: Sequence, error: str) -> SequenceOutput:
         """Nobody meets what a failed row has written: its own blocks are wiped.

@@ -65,11 +65,6 @@ class KVCache:
             for layer in layout.layers
         )
 
-    @staticmethod
-    def bytes_per_block(layout: KVLayout, block_size: int) -> int:
-        """Bytes that one block takes over all layers."""
-        return layout.bytes_per_token * block_size
-
     def slots(self, block_ids: Sequence[int], num_tokens: int) -> Tensor:
         """`slots_of` with this pool's block size."""
         return slots_of(block_ids, self.block_size, num_tokens)

@@ -30,7 +30,7 @@ def reference(module: nn.Module, tokens: list[int], prefix: Prefix | None) -> Te
         start = prefix.manifest.first_position
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
-    module.set_attn_implementation("eager")  # type: ignore[operator]
+    module.set_attn_implementation("eager")  # type: ignore[operator] # transformers' method
     with torch.inference_mode():
         logits: Tensor = module(
             input_ids=torch.tensor([tokens]),

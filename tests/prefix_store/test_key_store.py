@@ -78,7 +78,7 @@ def test_a_rotated_key_works_beside_its_successor_for_the_overlap(keys: KeyStore
         assert state_of(found, old.id, 99) is KeyState.ACTIVE
         assert state_of(found, old.id, 101) is KeyState.EXPIRED
         assert state_of(found, new.id, 9_990) is KeyState.ACTIVE
-        assert found.find(old.id).replaced_by == new.id  # type: ignore[union-attr]
+        assert found.find(old.id).replaced_by == new.id  # type: ignore[union-attr] # a key that is not there fails the test too
 
 
 def test_an_overlap_makes_no_key_live_longer(keys: KeyStore) -> None:
@@ -147,7 +147,7 @@ def test_a_writer_first_learns_what_others_wrote(keys: KeyStore) -> None:
 
     assert [key.id for key in reopened(keys).listed()] == made
     other.revoke(made[4])
-    assert keys.revoke(made[4]).revoked_at == other.find(made[4]).revoked_at  # type: ignore[union-attr]
+    assert keys.revoke(made[4]).revoked_at == other.find(made[4]).revoked_at  # type: ignore[union-attr] # likewise
 
 
 def test_processes_and_threads_that_write_at_once_lose_nothing(keys: KeyStore) -> None:
@@ -257,7 +257,7 @@ def test_any_history_is_read_back_as_it_was(keys: KeyStore, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(40):
         active = [k.id for k in keys.listed() if state_of(keys, k.id) is KeyState.ACTIVE]
-        fresh = [key_id for key_id in active if keys.find(key_id).replaced_by is None]  # type: ignore[union-attr]
+        fresh = [key_id for key_id in active if keys.find(key_id).replaced_by is None]  # type: ignore[union-attr] # ids of keys that there are
         if not fresh or rng.random() < 0.4:
             keys.create(rng.choice(["acme", "beta", ""]), rng.choice([INFER, BOTH]))
         elif rng.random() < 0.5:

@@ -26,7 +26,7 @@ INFER = frozenset({KeyScope.INFER})
 
 
 def a_key(**changes: object) -> Key:
-    return replace(Key("0123abcd", hash_of("x"), "acme", INFER, NOW), **changes)  # type: ignore[arg-type]
+    return replace(Key("0123abcd", hash_of("x"), "acme", INFER, NOW), **changes)  # type: ignore[arg-type] # whatever the test changes
 
 
 def test_a_text_holds_its_id_and_256_random_bits() -> None:

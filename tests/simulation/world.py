@@ -144,7 +144,7 @@ class _ObservedScheduler(Scheduler):
     failed_block_ids: set[int]
 
     def schedule(self, now: float, inbox: object = ()) -> SchedulerOutput:
-        self.plan = super().schedule(now, inbox)  # type: ignore[arg-type]
+        self.plan = super().schedule(now, inbox)  # type: ignore[arg-type] # as the base class has it
         self.cached_block_ids = self._prompt_cache.block_ids()
         assert self.failed_block_ids <= {*self.plan.wipe_block_ids}, (
             "what a row wrote that failed is left"
@@ -156,7 +156,7 @@ class _ObservedScheduler(Scheduler):
 
     def commit(self, plan: SchedulerOutput, outcomes: object) -> list[SequenceOutput]:
         self.committed.append(plan)
-        return super().commit(plan, outcomes)  # type: ignore[arg-type]
+        return super().commit(plan, outcomes)  # type: ignore[arg-type] # as the base class has it
 
     def _end_failed(self, seq: Sequence, error: str) -> SequenceOutput:
         self.failed_block_ids |= {*seq.block_table[len(seq.chain.blocks) :]}
